@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: each op is a public function, a torch twin and a Triton kernel."""

@@ -1,0 +1,111 @@
+"""The data every kernel reads: where keys live (PagedKV), which queries (QueryBlocks), which keys (SparseIndex).
+
+Letters: B sequences, T query tokens of a step, H query heads, G key/value heads of one view, N query blocks,
+P physical pages, L logical pages of the longest sequence, S tokens per page, D head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PAGE_SIZE = 64
+NULL_PAGE = -1  # a logical page whose memory was released
+UNLIMITED = 2**30  # a window no sequence outgrows
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKV:
+    """One layer's keys and values, for the heads that share one page table.
+
+    A query at position p of sequence b may see, through head g, the key at position j when
+    j <= p and (j > p - window[b, g] or j < sink[b, g]).
+    """
+
+    k: Tensor  # [G, P, S, D]
+    v: Tensor  # [G, P, S, D]
+    table: Tensor  # [B, L] int32, logical page -> physical page or NULL_PAGE
+    length: Tensor  # [B] int32, tokens stored so far, this step's included
+    heads: Tensor  # [G] int32, which KV heads of the layer these are
+    sink: Tensor  # [B, G] int32, tokens at the start that stay visible
+    window: Tensor  # [B, G] int32, most recent tokens that are visible (own token included); UNLIMITED for all
+    ratio: int  # query heads per KV head: query heads h * ratio ... h * ratio + ratio - 1 read KV head h
+
+    def __post_init__(self) -> None:
+        assert self.k.shape == self.v.shape and self.k.shape[0] == self.heads.numel()
+        assert self.sink.shape == self.window.shape == (self.table.shape[0], self.heads.numel())
+        assert self.k.stride(-1) == self.v.stride(-1) == 1
+        assert all(x.dtype == torch.int32 for x in (self.table, self.length, self.heads, self.sink, self.window))
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[2]
+
+    def only(self, own: slice) -> "PagedKV":
+        """The same memory, seen by a run of the heads."""
+        return PagedKV(
+            self.k[own], self.v[own], self.table, self.length, self.heads[own], self.sink[:, own], self.window[:, own], self.ratio
+        )
+
+
+class BlockRow(NamedTuple):
+    """One tile of consecutive queries of one sequence."""
+
+    seq: int  # row of the page table
+    token: int  # index of the tile's first query in q
+    pos: int  # position of that query in its sequence
+    count: int  # queries in the tile
+
+
+@dataclass(frozen=True, slots=True)
+class QueryBlocks:
+    """A step's queries of one kind, cut into tiles at multiples of `size` counted from the sequence's first token.
+
+    A chunk may start or end inside a tile, so a tile can hold fewer than `size` queries. `rows` is the host's copy
+    of the four tensors, so that nothing has to be read back from a device.
+    """
+
+    size: int  # 1 for generated tokens
+    rows: tuple[BlockRow, ...]
+    seq: Tensor  # [N] int32
+    token: Tensor  # [N] int32
+    pos: Tensor  # [N] int32
+    count: Tensor  # [N] int32
+
+    @classmethod
+    def of(cls, size: int, rows: Sequence[BlockRow], device: torch.device | str = "cpu") -> "QueryBlocks":
+        """Tiles from host values; one transfer to the device."""
+        packed = torch.tensor(rows, dtype=torch.int32).view(-1, 4).T.contiguous().to(device, non_blocking=True)
+        return cls(size, tuple(rows), packed[0], packed[1], packed[2], packed[3])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, own: Sequence[int]) -> "QueryBlocks":
+        """Some of the tiles."""
+        return QueryBlocks.of(self.size, [self.rows[n] for n in own], self.seq.device)
+
+    @property
+    def origin(self) -> Tensor:
+        """[N], where each tile starts in its sequence, whatever the chunk: what selectors may depend on."""
+        return self.pos // self.size * self.size
+
+
+@dataclass(frozen=True, slots=True)
+class SparseIndex:
+    """Which keys query block n of head g reads: logical pages[start[g, n] : start[g, n] + count[g, n]], and the single
+    tokens tokens[token_start[g, n] : token_start[g, n] + token_count[g, n]] (positions) when `tokens` is not None.
+
+    A run is ascending and without repeats; pages hold at least the pages of the block's own queries, and no page that
+    was released or lies in the future; no token lies inside a selected page of the same run. Causality and the head's
+    window still have to be applied key by key.
+    """
+
+    start: Tensor  # [G, N] int32
+    count: Tensor  # [G, N] int32
+    pages: Tensor  # [capacity] int32
+    token_start: Tensor | None = None  # [G, N] int32
+    token_count: Tensor | None = None  # [G, N] int32
+    tokens: Tensor | None = None  # [capacity] int32
