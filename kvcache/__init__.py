@@ -1,0 +1,1 @@
+"""Which pages exist and who owns them."""

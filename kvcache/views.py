@@ -1,0 +1,122 @@
+"""What the layers of one step read and write: pools and page tables as PagedKV."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.kernels.layout import NULL_PAGE, PagedKV
+from gossamer.kvcache.groups import HeadGroup
+from gossamer.kvcache.pool import PageArray, PagePool
+from gossamer.kvcache.table import PageTable
+
+
+class _LayerSlice(NamedTuple):
+    """The part of a group that lies in one layer."""
+
+    group: int
+    k: Tensor  # [G, P, S, D]
+    v: Tensor
+    heads: Tensor  # [G] int32
+    numbers: tuple[int, ...]  # the same heads, on the host
+    limits: tuple[int, int]  # (group, G), which sink and window tensors fit
+
+
+class StepViews:
+    """The views of one step. Tables, lengths, sinks and windows are shared by all layers."""
+
+    __slots__ = ("_layers", "_length", "_limits", "_made", "_ratio", "_tables")
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[_LayerSlice]],
+        tables: Sequence[Tensor],
+        length: Tensor,
+        limits: dict[tuple[int, int], tuple[Tensor, Tensor]],
+        ratio: int,
+    ) -> None:
+        self._layers = layers
+        self._tables = tables
+        self._length = length
+        self._limits = limits
+        self._ratio = ratio
+        self._made: dict[int, tuple[PagedKV, ...]] = {}
+
+    def layer(self, layer: int) -> tuple[PagedKV, ...]:
+        """One view per group that has heads in this layer; together they cover each KV head of the layer once."""
+        made = self._made.get(layer)
+        if made is None:
+            made = self._made[layer] = tuple(self._view(part) for part in self._layers[layer])
+        return made
+
+    def heads(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """The KV heads of each of the layer's views, on the host."""
+        return tuple(part.numbers for part in self._layers[layer])
+
+    def _view(self, part: _LayerSlice) -> PagedKV:
+        sink, window = self._limits[part.limits]
+        table = self._tables[part.group]
+        return PagedKV(part.k, part.v, table, self._length, part.heads, sink, window, self._ratio)
+
+
+class ViewPlan:
+    """What is the same in every step: the pools' slices by layer. Makes the views of a step in one pass over the tables
+    and one transfer to the device."""
+
+    def __init__(self, groups: Sequence[HeadGroup], pools: Sequence[PagePool], ratio: int) -> None:
+        self._ratio = ratio
+        self._device = pools[0].k.device
+        self._num_groups = len(groups)
+        num_layers = 1 + max(layer for group in groups for layer, _ in group.slots)
+        layers: list[list[_LayerSlice]] = [[] for _ in range(num_layers)]
+        for number, (group, pool) in enumerate(zip(groups, pools, strict=True)):
+            first = 0
+            for layer, heads in group.slots:
+                own = slice(first, first + len(heads))
+                first += len(heads)
+                on_device = torch.tensor(heads, dtype=torch.int32, device=self._device)
+                limits = (number, len(heads))
+                layers[layer].append(_LayerSlice(number, pool.k[own], pool.v[own], on_device, heads, limits))
+        for layer, parts in enumerate(layers):
+            covered = sorted(head for part in parts for head in part.numbers)
+            assert covered == list(range(len(covered))), (
+                f"the groups do not cover layer {layer}'s KV heads exactly once"
+            )
+        self._layers = layers
+        self._limits = sorted({part.limits for parts in layers for part in parts})
+
+    def views(self, tables: Sequence[PageTable]) -> StepViews:
+        """One row per table, at least one, in the given order."""
+        rows, width = len(tables), max((table.num_pages for table in tables), default=0)
+        columns = [1, *[width] * self._num_groups, *[heads for _, heads in self._limits for _ in range(2)]]
+        # One buffer, so one transfer. Parts begin at multiples of 16 bytes, as kernels like their pointers.
+        starts = list(accumulate((-(-rows * width // 4) * 4 for width in columns), initial=0))
+        packed = torch.empty(starts[-1], dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        parts = [
+            packed[start : start + rows * width].view(rows, width)
+            for start, width in zip(starts, columns, strict=False)
+        ]
+        self._fill([part.numpy() for part in parts], tables)
+        if self._device.type != "cpu":
+            moved = packed.to(self._device, non_blocking=True)
+            parts = [moved.as_strided(part.shape, part.stride(), part.storage_offset()) for part in parts]
+        after = parts[1 + self._num_groups :]
+        limits = dict(zip(self._limits, zip(after[::2], after[1::2], strict=True), strict=True))
+        return StepViews(self._layers, parts[1 : 1 + self._num_groups], parts[0].view(rows), limits, self._ratio)
+
+    def _fill(self, parts: Sequence[PageArray], tables: Sequence[PageTable]) -> None:
+        """Write lengths, page tables, sinks and windows: parts of [B, 1], [B, L] per group, then two [B, G] for each of
+        `_limits`."""
+        by_group, limits = parts[1 : 1 + self._num_groups], parts[1 + self._num_groups :]
+        for row, table in enumerate(tables):
+            parts[0][row] = table.length
+            for out, pages in zip(by_group, table.rows, strict=True):
+                out[row, : table.num_pages] = pages
+                out[row, table.num_pages :] = NULL_PAGE
+        sinks, windows = np.stack([table.visible for table in tables], axis=-1)[..., None]  # [groups, B, 1] each
+        for (group, _), sink, window in zip(self._limits, limits[::2], limits[1::2], strict=True):
+            sink[:] = sinks[group]
+            window[:] = windows[group]
