@@ -1,0 +1,1 @@
+"""Which keys each query block attends to: policies, selectors, the index, and `attend`."""

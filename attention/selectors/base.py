@@ -1,0 +1,26 @@
+"""What every selector is."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from gossamer.kernels.layout import PagedKV, QueryBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Keys that a selector wants read: whole pages, and single tokens where the method is finer than a page."""
+
+    pages: Tensor  # [G, N, L] bool, logical pages
+    tokens: Tensor | None = None  # [G, N, K] int32 positions, ascending, -1 as padding
+
+
+class Selector(Protocol):
+    """Answers "which keys should this query block read?" for the heads of one view."""
+
+    reads_tensors: ClassVar[bool]  # False: the answer depends on positions alone, so all layers share it
+
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Proposal:
+        """q [T, H, D] -> proposal for every head of `kv` and every block."""
+        ...

@@ -1,0 +1,22 @@
+"""Dense attention: every page."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gossamer.attention.selectors.base import Proposal
+from gossamer.kernels.layout import PagedKV, QueryBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Reads every page that the head's retention rule lets it see."""
+
+    reads_tensors: ClassVar[bool] = False
+
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Proposal:
+        """All pages, for every head and block."""
+        shape = kv.heads.numel(), len(blocks), kv.table.shape[1]
+        return Proposal(torch.ones(shape, dtype=torch.bool, device=kv.table.device))

@@ -1,0 +1,72 @@
+"""A step: one forward pass over some sequences, each with some new tokens, cut into query blocks on the host."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from gossamer.attention.policy import OperatingPoint
+from gossamer.kernels.layout import BlockRow, QueryBlocks, SparseIndex
+from gossamer.kvcache.cache import StepViews
+
+TILE_ROWS = 128  # query heads of one KV head x positions: what one prefill program computes
+
+
+class Span(NamedTuple):
+    """One sequence's part of a step: positions first ... first + new - 1."""
+
+    first: int
+    new: int
+    prompt: int  # length of the prompt: positions below it ask the prefill selector, the others the decode selector
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """All that attention has to know about one forward pass. `views` and `points` have one entry per span."""
+
+    spans: tuple[Span, ...]
+    prefill: QueryBlocks | None
+    decode: QueryBlocks | None
+    views: StepViews
+    points: tuple[OperatingPoint, ...]
+    shared: dict[Hashable, SparseIndex] = field(default_factory=dict, compare=False, repr=False)
+    """Indices that depend on positions alone, made by the first layer that needs them and used by the others."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(span.new for span in self.spans)
+
+    @property
+    def blocks(self) -> tuple[QueryBlocks, ...]:
+        return tuple(blocks for blocks in (self.prefill, self.decode) if blocks is not None)
+
+
+def plan_step(
+    spans: Sequence[Span],
+    views: StepViews,
+    points: Sequence[OperatingPoint],
+    ratio: int,
+    device: torch.device | str = "cpu",
+) -> Step:
+    """Cut spans, laid end to end, into tiles of TILE_ROWS // ratio positions (prompt) and of one (generated)."""
+    size = max(1, TILE_ROWS // ratio)
+    tiles: list[BlockRow] = []
+    single: list[BlockRow] = []
+    token = 0
+    for seq, span in enumerate(spans):
+        stop = span.first + span.new
+        pos, prompt_stop = span.first, min(stop, span.prompt)
+        while pos < prompt_stop:
+            end = min(pos // size * size + size, prompt_stop)
+            tiles.append(BlockRow(seq, token + pos - span.first, pos, end - pos))
+            pos = end
+        single.extend(BlockRow(seq, token + at - span.first, at, 1) for at in range(pos, stop))
+        token += span.new
+    return Step(
+        tuple(spans),
+        QueryBlocks.of(size, tiles, device) if tiles else None,
+        QueryBlocks.of(1, single, device) if single else None,
+        views,
+        tuple(points),
+    )
