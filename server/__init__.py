@@ -1,0 +1,1 @@
+"""HTTP, scheduling, models and the command line."""

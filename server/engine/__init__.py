@@ -1,0 +1,1 @@
+"""The engine: one thread that accepts requests, runs steps and publishes tokens."""

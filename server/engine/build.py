@@ -1,0 +1,183 @@
+"""From a ServerConfig to an engine that is ready to start. Every refusal is a StartupError of one sentence."""
+
+import time
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from gossamer.attention.policy import AttentionPolicy, dense_policy, within_windows
+from gossamer.attention.policy_file import PolicyError, check_model, load_policy_file
+from gossamer.kvcache.cache import KVCache
+from gossamer.kernels.layout import PAGE_SIZE
+from gossamer.kvcache.groups import HeadGroup, group_heads
+from gossamer.kvcache.sizing import Sizing, bytes_per_page, longest_sequence, size_pools
+from gossamer.server.config import ServerConfig
+from gossamer.server.engine.admission import QueueLoad
+from gossamer.server.engine.engine import Engine, ModelCard
+from gossamer.server.engine.executor import Executor
+from gossamer.server.engine.families import StartupError
+from gossamer.server.engine.loop import Loop, Observer
+from gossamer.server.engine.memory import cache_memory
+from gossamer.server.engine.model import Model, load_model
+from gossamer.server.engine.pace import Pace
+from gossamer.server.engine.sampler import Sampler
+from gossamer.server.engine.scheduler import Limits, Scheduler
+from gossamer.server.engine.tokenizer import Tokenizer
+
+CPU_STEP_TOKENS = 2048
+GPU_STEP_TOKENS = 8192
+ACTIVATION_COPIES = 4  # of a step's widest activation that may live at once
+
+
+def build_engine(config: ServerConfig, metrics: Observer, report: Callable[[str], None]) -> Engine:
+    """Load the model, check the policy, size the cache. `report` gets a line of progress at a time."""
+    device = _device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    path = config.model_path
+    tokenizer = Tokenizer.load(config.tokenizer or path, revision=config.revision, chat_template=config.chat_template)
+    model = load_model(
+        path,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=device,
+        served_length=config.max_model_len,
+        dummy=config.load_format == "dummy",
+        report=report,
+    )
+    policy = attention_policy(config, model)
+    return assemble(config, model, tokenizer, policy, metrics, report)
+
+
+def assemble(
+    config: ServerConfig,
+    model: Model,
+    tokenizer: Tokenizer,
+    policy: AttentionPolicy,
+    metrics: Observer,
+    report: Callable[[str], None],
+    *,
+    audit: bool = False,
+) -> Engine:
+    """Size the cache and put the parts together."""
+    shape = model.shape
+    default = config.attention_point or policy.names[0]
+    step_tokens = config.max_num_batched_tokens or (CPU_STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS)
+    if step_tokens < config.max_num_seqs:
+        raise StartupError(
+            f"--max-num-batched-tokens ({step_tokens}) must be at least --max-num-seqs ({config.max_num_seqs}): "
+            "every running sequence takes one token of a step."
+        )
+    groups = group_heads(policy.rules())
+    sizing, longest = _size_cache(config, model, policy, groups, step_tokens)
+    report(f"KV cache: room for {sizing.token_capacity} tokens in {sum(sizing.num_pages)} pages")
+    cache = KVCache(
+        groups,
+        sizing.num_pages,
+        ratio=shape.ratio,
+        head_dim=shape.head_dim,
+        dtype=model.dtype,
+        device=model.device,
+        prefix_caching=config.enable_prefix_caching,
+    )
+    limits = Limits(config.max_num_seqs, step_tokens, config.max_step_seconds)
+    scheduler = Scheduler(cache, limits, Pace(shape.attention_crossover), config.enable_prefix_caching)
+    load = QueueLoad(config.queued_requests, config.max_queued_tokens or 4 * max(sizing.token_capacity, longest))
+    loop = Loop(scheduler, Executor(model, cache, Sampler()), load, metrics, audit)
+    card = ModelCard(
+        name=config.names[0],
+        names=config.names,
+        max_model_len=longest,
+        vocab_size=shape.vocab_size,
+        created=int(time.time()),
+        root=config.model,
+        default_sampling=model.default_sampling if config.generation_config == "auto" else {},
+    )
+    return Engine(
+        card=card,
+        tokenizer=tokenizer,
+        policy=policy,
+        default_point=default,
+        allowed_points=tuple(config.attention_allow_points) or policy.names,
+        cache=cache,
+        loop=loop,
+        eos_ids=model.eos_ids,
+        token_capacity=sizing.token_capacity,
+        seed=config.seed,
+    )
+
+
+def _size_cache(
+    config: ServerConfig, model: Model, policy: AttentionPolicy, groups: Sequence[HeadGroup], step_tokens: int
+) -> tuple[Sizing, int]:
+    """Pages per group, and the longest sequence to serve: what was asked for, or what the model can and memory holds."""
+    shape = model.shape
+    reserve = ACTIVATION_COPIES * step_tokens * shape.activation_width * model.dtype.itemsize
+    memory = config.kv_cache_memory or cache_memory(model.device, config.gpu_memory_utilization, reserve)
+    rules = [[point.heads[layer][heads[0]].keep for layer, heads in (g.slots[0] for g in groups)] for point in policy.points]
+    page_bytes = [bytes_per_page(group, shape.head_dim, model.dtype) for group in groups]
+    wanted = config.max_model_len or shape.max_positions
+    if config.max_model_len is not None and config.max_model_len > shape.max_positions:
+        raise StartupError(
+            f"--max-model-len {config.max_model_len} is more than the {shape.max_positions} positions of this model; lower it."
+        )
+    longest = wanted
+    if config.max_model_len is None:
+        longest = longest_sequence(memory, rules, page_bytes, wanted, step_tokens)
+    if longest == 0:
+        raise StartupError(f"The KV cache would get {memory / 2**20:.0f} MiB, which holds not one page; raise --kv-cache-memory.")
+    if config.kv_cache_memory is None and model.device.type == "cpu":
+        # More than all sequences can fill is never used.
+        most = sum(-(-longest // PAGE_SIZE) * size for size in page_bytes) * config.max_num_seqs * 2
+        memory = min(memory, most)
+    try:
+        return size_pools(memory, groups, rules, page_bytes, config.max_num_seqs, longest, step_tokens), longest
+    except ValueError as error:
+        raise StartupError(f"{error} The options are --max-model-len and --kv-cache-memory.") from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise StartupError("--device cuda was asked for, but torch sees no GPU; use --device cpu, or install torch with CUDA.")
+    return torch.device(name)
+
+
+def attention_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
+    """The policy asked for, or the one packaged for this model, or dense; within the windows of the model's layers."""
+    shape = model.shape
+    asked = config.attention_policy
+    packaged = files("gossamer") / "configs" / "policies"
+    name = asked or Path(config.model_path).name
+    file = Path(str(packaged / f"{name}.yaml"))
+    if asked is not None and Path(asked).is_file():
+        file = Path(asked)
+    if asked == "dense" or (asked is None and not file.is_file()):
+        return within_windows(dense_policy(shape.layers, shape.kv_heads), shape.windows)
+    if not file.is_file():
+        known = sorted(p.name.removesuffix(".yaml") for p in packaged.iterdir() if p.name.endswith(".yaml"))
+        raise StartupError(
+            f"The attention policy {asked!r} is neither a file nor a packaged policy; packaged are: {', '.join(['dense', *known])}."
+        )
+    try:
+        entry = load_policy_file(file)
+        check_model(
+            entry,
+            model_type=model.family,
+            layers=shape.layers,
+            kv_heads=shape.kv_heads,
+            query_heads=shape.query_heads,
+            head_dim=shape.head_dim,
+        )
+        policy = within_windows(entry.policy(), shape.windows)
+    except PolicyError as error:
+        raise StartupError(str(error)) from error
+    for point in (config.attention_point, *config.attention_allow_points):
+        if point is not None and point not in policy.names:
+            raise StartupError(
+                f"The policy {policy.name!r} has no operating point {point!r}; it has: {', '.join(policy.names)}."
+            )
+    return policy

@@ -1,0 +1,87 @@
+"""Runs one step: the scheduler's parts become tensors, the model's logits become sampled tokens."""
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.attention.step import Span, plan_step
+from gossamer.kvcache.cache import KVCache
+from gossamer.server.engine.model import Model
+from gossamer.server.engine.request import TokenLogprob
+from gossamer.server.engine.sampler import Sampled, Sampler
+from gossamer.server.engine.scheduler import Part
+from gossamer.server.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one step produced."""
+
+    sampled: dict[Sequence, Sampled]
+    model_seconds: float
+
+
+@dataclass(slots=True)
+class Executor:
+    """Model, cache and sampler, run by the engine thread."""
+
+    model: Model
+    cache: KVCache
+    sampler: Sampler
+
+    def run(self, parts: Items[Part]) -> Outcome:
+        """One forward pass over all parts, laid end to end."""
+        tables = [part.sequence.table for part in parts]
+        spans = [Span(part.first, part.new, part.sequence.prompt_length) for part in parts]
+        points = [part.sequence.point for part in parts]
+        device = self.model.device
+        step = plan_step(spans, self.cache.views(tables), points, self.model.shape.ratio, device)
+        tokens = [t for part in parts for t in part.sequence.tokens[part.first : part.first + part.new]]
+        rows, sampling, scoring = self._rows(parts)
+        inputs = torch.tensor([tokens, _positions(spans)], dtype=torch.int64).to(device)
+        began = time.monotonic()
+        logits = self.model.forward(inputs[0], inputs[1], step, torch.tensor(rows, device=device))
+        seconds = time.monotonic() - began
+        for part, first in scoring:
+            self._score(part, logits[first : first + part.new])
+        sampled: dict[Sequence, Sampled] = {}
+        if sampling:
+            chosen = logits if len(sampling) == len(rows) else logits[torch.tensor([row for _, row in sampling], device=device)]
+            results = self.sampler.sample(chosen, [part.sequence.row for part, _ in sampling])
+            sampled = {part.sequence: result for (part, _), result in zip(sampling, results, strict=True)}
+        return Outcome(sampled, seconds)
+
+    def _rows(self, parts: Items[Part]) -> tuple[list[int], list[tuple[Part, int]], list[tuple[Part, int]]]:
+        """Token rows whose logits are needed; then (part, its row among them) to sample, and to score the prompt with."""
+        rows: list[int] = []
+        sampling: list[tuple[Part, int]] = []
+        scoring: list[tuple[Part, int]] = []
+        token = 0
+        for part in parts:
+            if part.sequence.lacks_prompt_logprobs:
+                scoring.append((part, len(rows)))
+                rows.extend(range(token, token + part.new))
+            elif part.samples:
+                rows.append(token + part.new - 1)
+            if part.samples and part.sequence.request.params.max_tokens > 0:
+                sampling.append((part, len(rows) - 1))
+            token += part.new
+        return rows or [token - 1], sampling, scoring
+
+    def _score(self, part: Part, logits: Tensor) -> None:
+        """Log-probabilities of the prompt tokens that follow the part's positions, into the sequence."""
+        sequence, top = part.sequence, part.sequence.request.prompt_logprobs
+        assert top is not None
+        known: list[TokenLogprob | None] = sequence.prompt_logprobs or [None]
+        skip = len(known) - 1 - part.first  # positions scored before a preemption
+        stop = min(part.first + part.new, sequence.prompt_length - 1)
+        wanted = sequence.tokens[part.first + skip + 1 : stop + 1]
+        known.extend(self.sampler.prompt_logprobs(logits[skip : skip + len(wanted)], wanted, top))
+        sequence.prompt_logprobs = known
+
+
+def _positions(spans: Items[Span]) -> list[int]:
+    return [position for span in spans for position in range(span.first, span.first + span.new)]

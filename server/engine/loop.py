@@ -1,0 +1,267 @@
+"""The engine's loop: accept what came in, plan, run one step, publish. One thread, and all that it alone may touch."""
+
+import logging
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from gossamer.server.engine.admission import QueueLoad
+from gossamer.server.engine.executor import Executor, Outcome
+from gossamer.server.engine.inflight import InFlight
+from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
+from gossamer.server.engine.request import FinishReason, Progress, Started
+from gossamer.server.engine.scheduler import Part, Scheduler
+from gossamer.server.engine.sequence import Sequence
+
+_log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 1.0  # how often an idle loop turns
+HUNG_SECONDS = 60.0  # a step counts as hung after this long, or ten times its prediction if that is longer
+MOST_FAILURES = 3  # failed steps in a row after which the engine gives up
+STEP_FAILED = "The server failed while computing this answer; try again, and look into the server's log if it happens again."
+SHUT_DOWN = "The server shut down before the answer was complete; try again."
+DEAD = "The engine has failed and the server has to be restarted."
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    flight: InFlight
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    deadline: float  # monotonic seconds
+
+
+class Observer(Protocol):
+    """Who wants to know what happens; called on the engine thread."""
+
+    def step(self, record: StepRecord) -> None: ...
+    def first_token(self, record: FirstToken) -> None: ...
+    def inter_token(self, seconds: float) -> None: ...
+    def finished(self, record: RequestRecord) -> None: ...
+
+
+@dataclass(slots=True)
+class Loop:
+    """`run` is the engine thread. Others may put commands into `inbox` and read `accepting` and the times."""
+
+    scheduler: Scheduler
+    executor: Executor
+    load: QueueLoad
+    observer: Observer
+    audit: bool = False  # check the page books after every step
+    inbox: "SimpleQueue[Submit | Cancel | Stop]" = field(default_factory=SimpleQueue)
+    accepting: bool = True
+    _open: dict[str, InFlight] = field(default_factory=dict)
+    _deadline: float | None = None  # of draining
+    _step_began: float | None = None  # None between steps
+    _step_predicted: float = 0.0
+    _failures: int = 0
+    _dead: bool = False
+
+    def run(self) -> None:
+        """Until stopped. An error outside a step ends the engine, and every open request with it."""
+        try:
+            while not self._done():
+                self._receive()
+                parts = self.scheduler.plan()
+                if parts:
+                    self._step(parts)
+        except Exception:
+            _log.exception("the engine's loop failed")
+            self._dead = True
+        finally:
+            self.accepting = False
+            self._receive_rest()
+            self._end_all(DEAD if self._dead else SHUT_DOWN)
+
+    def heartbeat_age(self) -> float:
+        """Seconds that the current step has been running; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def liveness(self) -> tuple[bool, str]:
+        """Whether the loop can still make progress, and if not, why."""
+        if self._dead:
+            return False, DEAD
+        age = self.heartbeat_age()
+        if age > max(HUNG_SECONDS, 10 * self._step_predicted):
+            return False, f"A step has been running for {age:.0f} seconds."
+        return True, ""
+
+    def _done(self) -> bool:
+        if self._dead:
+            return True
+        return self._deadline is not None and (not self._open or time.monotonic() >= self._deadline)
+
+    def _receive(self) -> None:
+        """Take what came in; wait for it when there is nothing to compute."""
+        idle = not self.scheduler.running and not self.scheduler.waiting
+        if idle and self._deadline is not None and not self._open:
+            return
+        try:
+            self._accept(self.inbox.get(timeout=IDLE_SECONDS) if idle else self.inbox.get_nowait())
+            while True:
+                self._accept(self.inbox.get_nowait())
+        except Empty:
+            return
+
+    def _receive_rest(self) -> None:
+        try:
+            while True:
+                self._accept(self.inbox.get_nowait())
+        except Empty:
+            return
+
+    def _accept(self, command: Submit | Cancel | Stop) -> None:
+        match command:
+            case Submit(flight):
+                self._open[flight.request.id] = flight
+                for sequence in flight.choices:
+                    self.scheduler.add(sequence)
+            case Cancel(request_id):
+                if request_id in self._open:
+                    cancelled = self._open[request_id]
+                    for sequence in list(cancelled.choices):
+                        self._end(cancelled, sequence, "abort")
+            case Stop(deadline):
+                self.accepting = False
+                self._deadline = deadline
+
+    def _step(self, parts: list[Part]) -> None:
+        began = time.monotonic()
+        work = [(part.first, part.new) for part in parts]
+        self._step_predicted = self.scheduler.pace.predict(work)
+        self._step_began = began
+        self._note_admitted(parts, began)
+        try:
+            outcome = self.executor.run(parts)
+            self._failures = 0
+        except Exception:
+            _log.exception("a step failed; its requests end with an error")
+            self._fail(parts)
+            return
+        finally:
+            self._step_began = None
+        self.scheduler.computed(parts)
+        self._publish(parts, outcome)
+        seconds = time.monotonic() - began
+        self.scheduler.pace.learn(work, seconds)
+        if self.audit:
+            self.scheduler.cache.audit()
+        self.observer.step(_step_record(parts, outcome, seconds))
+
+    def _note_admitted(self, parts: Items[Part], now: float) -> None:
+        """Sequences that compute for the first time stop counting as waiting."""
+        for sequence, _, _ in parts:
+            if sequence.admitted_at is None:
+                sequence.admitted_at = now
+                self._unqueue(self._open[sequence.request.id], sequence)
+
+    def _unqueue(self, flight: InFlight, sequence: Sequence) -> None:
+        if sequence.index not in flight.unqueued:
+            flight.unqueued.add(sequence.index)
+            self.load.leave(1, 0)
+
+    def _prompt_done(self, flight: InFlight) -> None:
+        if flight.prompt_counted:
+            flight.prompt_counted = False
+            self.load.leave(0, len(flight.request.prompt))
+
+    def _publish(self, parts: Items[Part], outcome: Outcome) -> None:
+        now = time.monotonic()
+        for part in parts:
+            sequence = part.sequence
+            flight = self._open[sequence.request.id]
+            if not part.samples:
+                if not flight.started:
+                    flight.publish(Progress(computed=part.first + part.new, total=sequence.prompt_length))
+                continue
+            if not flight.started:
+                flight.started = True
+                self._prompt_done(flight)
+                scored = tuple(sequence.prompt_logprobs) if sequence.request.prompt_logprobs is not None else None
+                flight.publish(Started(cached_tokens=sequence.cached, prompt_logprobs=scored))
+            choice = flight.choices[sequence]
+            sampled = outcome.sampled.get(sequence)
+            delta = choice.finish_empty() if sampled is None else choice.accept(sampled)
+            self._note_token(flight, sequence, now)
+            if delta.finish_reason is not None:
+                self._end(flight, sequence, delta.finish_reason)
+            flight.publish(delta)
+
+    def _note_token(self, flight: InFlight, sequence: Sequence, now: float) -> None:
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+            self.observer.first_token(FirstToken(seconds=now - flight.arrived))
+        elif sequence.last_token_at is not None:
+            self.observer.inter_token(now - sequence.last_token_at)
+        sequence.last_token_at = now
+
+    def _fail(self, parts: Items[Part]) -> None:
+        """The step is lost: its requests end, the others go on, and too many failures in a row end the engine."""
+        self._failures += 1
+        self._dead = self._failures >= MOST_FAILURES
+        for part in parts:
+            flight = self._open.get(part.sequence.request.id)
+            if flight is not None:
+                self._break_off(flight, STEP_FAILED)
+
+    def _break_off(self, flight: InFlight, message: str) -> None:
+        """End every open choice of a request with an error."""
+        for sequence, choice in list(flight.choices.items()):
+            self._end(flight, sequence, "error")
+            flight.publish(choice.fail(message))
+
+    def _end_all(self, message: str) -> None:
+        for flight in list(self._open.values()):
+            self._break_off(flight, message)
+
+    def _end(self, flight: InFlight, sequence: Sequence, reason: FinishReason) -> None:
+        """Free the pages and the books of one choice."""
+        self.scheduler.remove(sequence)
+        del flight.choices[sequence]
+        self._unqueue(flight, sequence)
+        self.observer.finished(_request_record(flight, sequence, reason))
+        if not flight.choices:
+            self._prompt_done(flight)
+            del self._open[flight.request.id]
+
+
+def _step_record(parts: Items[Part], outcome: Outcome, seconds: float) -> StepRecord:
+    prompt = sum(min(p.new, max(0, p.sequence.prompt_length - p.first)) for p in parts)
+    return StepRecord(
+        prompt_tokens=prompt,
+        generated_tokens=len(outcome.sampled),
+        sequences=len(parts),
+        seconds=seconds,
+        model_seconds=outcome.model_seconds,
+    )
+
+
+def _request_record(flight: InFlight, sequence: Sequence, reason: FinishReason) -> RequestRecord:
+    now = time.monotonic()
+    admitted = sequence.admitted_at
+    first, last = sequence.first_token_at, sequence.last_token_at
+    return RequestRecord(
+        finish_reason=reason,
+        prompt_tokens=sequence.prompt_length,
+        cached_tokens=sequence.cached,
+        generated_tokens=sequence.generated,
+        max_tokens=sequence.request.params.max_tokens,
+        n=sequence.request.n,
+        preemptions=sequence.preemptions,
+        end_to_end=now - flight.arrived,
+        queued=(admitted or now) - flight.arrived,
+        prefill=0.0 if admitted is None else (first or now) - admitted,
+        decode=0.0 if first is None or last is None else last - first,
+        point=sequence.point.name,
+    )

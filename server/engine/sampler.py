@@ -1,0 +1,188 @@
+"""From logits to tokens, for a whole batch at once.
+
+A choice's token depends on its own logits, parameters, seed and step: not on its batch mates, not on whether it was preempted. Each
+token uses one uniform number, a hash of (seed, step), against the cumulative distribution over the vocabulary. The distribution is held
+as integers (40 bits below the most likely token's weight), because integer sums do not depend on the order of summation, which on a GPU
+changes with the size of the batch.
+
+Order, as in vLLM: forbidden tokens, logit_bias, penalties (logits.py), temperature, min_p, top_k, top_p. top_p counts the mass of what
+min_p and top_k left. Ties are broken towards the smaller token id. Log-probabilities are those of the model, before all of this.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.server.engine.logits import SampleRow, adjust
+from gossamer.server.engine.request import TokenLogprob
+
+_UNIT = 1 << 40  # weight of the most likely token; a million tokens still sum up below 2**63
+_ID_BITS = 20  # vocabularies of up to a million tokens
+_RANKED = 1024  # most likely tokens that nearly always hold the mass of top_p
+_LEAST = -9999.0  # in place of minus infinity, which JSON cannot hold
+_CHUNK = 1 << 24  # logits turned into log-probabilities at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The next token of one choice. `finite` is False when the model's logits held NaN or infinity: the token then means nothing."""
+
+    token: int
+    logprob: TokenLogprob | None
+    finite: bool
+
+
+class Sampler:
+    """Chooses the next tokens. Holds no state; the device is read once per call."""
+
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+        """`logits` [R, V] float, one row per choice, left unchanged. V at most 2**20. The rows are not told of their tokens here."""
+        assert logits.shape[0] == len(rows) and logits.shape[1] <= 1 << _ID_BITS
+        if not rows:
+            return []
+        peak, token = logits.max(dim=1)  # the first of equal maxima; NaN when there is one
+        finite = peak.isfinite()
+        scores = logits
+        if any(row.changed for row in rows):
+            scores = logits.to(torch.float32, copy=True)
+            adjust(scores, rows)
+            peak, token = scores.max(dim=1)
+        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        if drawn:
+            some = _draw(_select(scores, drawn).float(), _select(peak, drawn).float(), [rows[i] for i in drawn])
+            token = some if len(drawn) == len(rows) else token.index_copy(0, _index(drawn, logits), some)
+        columns = [token.double()[:, None], finite.double()[:, None]]
+        asked = [(i, row.params.logprobs) for i, row in enumerate(rows) if row.params.logprobs is not None]
+        if asked:
+            index = [i for i, _ in asked]
+            most = min(max(wanted for _, wanted in asked), logits.shape[1])
+            part = _logprobs(_select(logits, index), _select(token, index), most)
+            columns.append(part.new_zeros(len(rows), part.shape[1]).index_copy(0, _index(index, logits), part))
+        table = torch.cat(columns, dim=1).tolist()  # float64 holds ids and float32 exactly
+        return [
+            Sampled(
+                token=int(line[0]),
+                logprob=_read(int(line[0]), line[2:], row.params.logprobs) if line[1] else None,
+                finite=bool(line[1]),
+            )
+            for row, line in zip(rows, table, strict=True)
+        ]
+
+    def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor | Sequence[int], top: int) -> list[TokenLogprob]:
+        """Log-probabilities of given tokens. `logits` [N, V], row i before `next_tokens[i]`; `top`: how many of the most likely, too.
+
+        Raises ValueError when the logits hold NaN or infinity.
+        """
+        tokens = torch.as_tensor(next_tokens, dtype=torch.int64).to(logits.device)
+        assert logits.shape[0] == tokens.shape[0]
+        if not len(tokens):
+            return []
+        height = max(1, _CHUNK // logits.shape[1])
+        most = min(top, logits.shape[1])
+        parts = [_logprobs(logits[i : i + height], tokens[i : i + height], most) for i in range(0, len(tokens), height)]
+        table = torch.cat([tokens.double()[:, None], torch.cat(parts)], dim=1).tolist()
+        if any(line[1] != line[1] for line in table):
+            raise ValueError("The model's logits for the prompt are not finite.")
+        return [TokenLogprob(int(line[0]), line[1], _top(line[2:], top)) for line in table]
+
+
+def uniform(seed: int, step: int) -> float:
+    """The number in [0, 1) that chooses token `step` of a choice: 53 bits of a hash of (seed, step). Any integers."""
+    key = struct.pack("<QQ", seed & (2**64 - 1), step & (2**64 - 1))
+    return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53
+
+
+def _draw(scores: Tensor, peak: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """[D] tokens by chance from `scores` [D, V] float32; `peak` [D] holds each row's maximum."""
+    numbers = [(max(row.params.temperature, 1e-5), uniform(row.seed, row.step)) for row in rows]
+    host = torch.tensor(numbers, dtype=torch.float64).to(scores.device, non_blocking=True)
+    relative = (scores - peak[:, None]).div_(host[:, :1].float()).double()
+    weights = relative.exp_().mul_(_UNIT).round_().long()
+    weights.masked_fill_(scores == peak[:, None], _UNIT)  # also where every token is forbidden: infinity minus infinity
+    filtered = [i for i, row in enumerate(rows) if row.params.top_p < 1 or row.params.top_k > 0 or row.params.min_p > 0]
+    if filtered:
+        kept = _filtered(_select(weights, filtered), [rows[i] for i in filtered])
+        weights = kept if len(filtered) == len(rows) else weights.index_copy_(0, _index(filtered, scores), kept)
+    mass = weights.cumsum(dim=1)
+    total = mass[:, -1:]
+    target = (host[:, 1:] * total).floor().long().clamp_(max=total - 1)
+    token = torch.searchsorted(mass, target, right=True)[:, 0]  # the first with mass above the target, so never one of weight 0
+    return token.clamp_(max=scores.shape[1] - 1)  # only in a row that is not finite
+
+
+def _filtered(weights: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """[D, V] weights with those outside min_p, top_k and top_p set to 0. The most likely token always stays."""
+    vocab = weights.shape[1]
+    numbers = [(row.params.min_p, row.params.top_k or vocab, row.params.top_p) for row in rows]
+    host = torch.tensor(numbers, dtype=torch.float64).to(weights.device, non_blocking=True)
+    least, depth, share = host[:, :1], host[:, 1:2], host[:, 2:]
+    weights = weights.masked_fill(weights < (least * _UNIT).ceil(), 0)
+    deepest = min(vocab, max(row.params.top_k or vocab for row in rows))
+    if deepest == vocab and all(row.params.top_p == 1 and not row.params.top_k for row in rows):
+        return weights
+    total = weights.sum(dim=1, keepdim=True)
+    # One integer orders tokens by weight and then by id, so that equal weights are cut at the same place everywhere.
+    order = (weights << _ID_BITS) | torch.arange(vocab - 1, -1, -1, device=weights.device)
+    for width in _widths(deepest, vocab, weights.device):
+        ranked = order.topk(width, dim=1).values if width < vocab else order.sort(dim=1, descending=True).values
+        rank = torch.arange(width, device=weights.device)
+        mass = (ranked >> _ID_BITS).masked_fill(rank >= depth, 0)
+        up_to = mass.cumsum(dim=1)
+        limit = share * torch.where(depth <= width, up_to[:, -1:], total)
+        if width >= deepest or bool((up_to[:, -1:] >= limit).all()):
+            break
+    keep = (mass > 0) & (up_to - mass < limit)
+    last = ranked.masked_fill(~keep, torch.iinfo(torch.int64).max).amin(dim=1, keepdim=True)
+    return weights.masked_fill(order < torch.minimum(last, ranked[:, :1]), 0)
+
+
+def _widths(deepest: int, vocab: int, device: torch.device) -> tuple[int, ...]:
+    """How many of the most likely tokens to rank, in order of trial. Ranking a vocabulary is dear on a CPU; elsewhere a trial's outcome
+    would have to be read back, which is dearer."""
+    if device.type == "cpu" and deepest > _RANKED and vocab > 4 * _RANKED:
+        return (_RANKED, deepest)
+    return (deepest,)
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, top: int) -> Tensor:
+    """[N, 1 + 2 * top] float64 on the device: the token's log-probability, then the ids and log-probabilities of the most likely."""
+    exact = logits.double()
+    lse = exact.logsumexp(dim=1, keepdim=True)
+    found = tokens[:, None]
+    lse = lse.where(lse.isfinite(), torch.nan)
+    parts = []
+    if top:
+        bits = logits.float().view(torch.int32)
+        bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in the order of the floats
+        ids = torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
+        ranked = ((bits << 32) | ids).topk(top, dim=1).values
+        best = logits.shape[1] - 1 - (ranked & 0xFFFFFFFF)
+        found = torch.cat([found, best], dim=1)
+        parts = [best.double()]
+    # Rounded to float32 once for the token and the list alike, so that equal tokens have equal floats.
+    values = (exact.gather(1, found) - lse).float().clamp_(min=_LEAST).double()
+    return torch.cat([values[:, :1], *parts, values[:, 1:]], dim=1)
+
+
+def _read(token: int, line: list[float], wanted: int | None) -> TokenLogprob | None:
+    if wanted is None:
+        return None
+    return TokenLogprob(token, line[0], _top(line[1:], wanted))
+
+
+def _top(line: list[float], wanted: int) -> tuple[tuple[int, float], ...]:
+    half = len(line) // 2
+    return tuple(zip(map(int, line[:half][:wanted]), line[half:][:wanted], strict=True))
+
+
+def _index(rows: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).to(like.device, non_blocking=True)
+
+
+def _select(values: Tensor, rows: list[int]) -> Tensor:
+    """The rows named, in order: `values` itself when that is all of them."""
+    return values if len(rows) == values.shape[0] else values[_index(rows, values)]

@@ -1,0 +1,136 @@
+"""Real engines for tests: tiny models, the page books audited after every step, events collected."""
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gossamer.attention.policy import AttentionPolicy
+from gossamer.server.config import ServerConfig
+from gossamer.server.engine.build import assemble, attention_policy
+from gossamer.server.engine.engine import Engine, Ticket
+from gossamer.server.engine.model import Model, load_model
+from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
+from gossamer.server.engine.request import Delta, Event, Request, SamplingParams, Started
+from gossamer.server.engine.tokenizer import Tokenizer
+
+WAIT = 120.0  # seconds after which a test gives up
+_ids = itertools.count()
+
+
+@dataclass
+class Records:
+    """What the engine told its observer."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    ended: list[RequestRecord] = field(default_factory=list)
+
+    def step(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+    def first_token(self, record: FirstToken) -> None:
+        assert record.seconds >= 0
+
+    def inter_token(self, seconds: float) -> None:
+        assert seconds >= 0
+
+    def finished(self, record: RequestRecord) -> None:
+        self.ended.append(record)
+
+
+@dataclass
+class Answer:
+    """The events of one request, as they come."""
+
+    n: int
+    ticket: Ticket | None = None
+    events: list[Event] = field(default_factory=list)
+    started: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def publish(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Started):
+            self.started.set()
+        if sum(isinstance(e, Delta) and e.finish_reason is not None for e in self.events) == self.n:
+            self.done.set()
+
+    def deltas(self, index: int = 0) -> list[Delta]:
+        return [e for e in self.events if isinstance(e, Delta) and e.index == index]
+
+    def tokens(self, index: int = 0) -> list[int]:
+        assert self.done.wait(WAIT), "the answer did not end"
+        return [token for delta in self.deltas(index) for token in delta.tokens]
+
+    def text(self, index: int = 0) -> str:
+        assert self.done.wait(WAIT), "the answer did not end"
+        return "".join(delta.text for delta in self.deltas(index))
+
+    def finish(self, index: int = 0) -> Delta:
+        assert self.done.wait(WAIT), "the answer did not end"
+        return self.deltas(index)[-1]
+
+    @property
+    def cached(self) -> int:
+        return next(e.cached_tokens for e in self.events if isinstance(e, Started))
+
+
+def ask(engine: Engine, prompt: Sequence[int], *, n: int = 1, **params: Any) -> Answer:
+    """Submit a greedy request of 16 tokens, unless told otherwise. Request fields and sampling parameters by name."""
+    outer = {k: params.pop(k) for k in ("priority", "cache_salt", "point", "prompt_logprobs") if k in params}
+    sampling = SamplingParams(**{"max_tokens": 16, "temperature": 0.0, "ignore_eos": True, **params})
+    answer = Answer(n)
+    request = Request(id=f"test-{next(_ids)}", prompt=list(prompt), params=sampling, n=n, **outer)
+    answer.ticket = engine.submit(request, answer.publish)
+    return answer
+
+
+def make_engine(
+    path: Path | str, *, model: Model | None = None, policy: AttentionPolicy | None = None, **config: Any
+) -> tuple[Engine, Records]:
+    """An engine that is not started. Keyword arguments are fields of ServerConfig."""
+    settings = ServerConfig(
+        **{
+            "model": str(path),
+            "dtype": "float32",
+            "device": "cpu",
+            "kv_cache_memory": 32 * 2**20,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 128,
+            **config,
+        }
+    )
+    tokenizer = Tokenizer.load(settings.model_path)
+    model = model or load_tiny(settings)
+    records = Records()
+    policy = policy or attention_policy(settings, model)
+    return assemble(settings, model, tokenizer, policy, records, lambda line: None, audit=True), records
+
+
+def load_tiny(settings: ServerConfig) -> Model:
+    import torch
+
+    return load_model(
+        settings.model_path,
+        revision=None,
+        dtype=settings.dtype,
+        device=torch.device("cpu"),
+        served_length=None,
+        report=lambda line: None,
+    )
+
+
+@contextmanager
+def running_engine(path: Path | str, **options: Any) -> Iterator[Engine]:
+    """A started engine, whose pools must be whole again at the end."""
+    engine, _ = make_engine(path, **options)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop(0.0)
+        engine.cache.audit()
+        assert all(pool.pages_owned == 0 for pool in engine.cache.stats()), "pages are still owned after the end"
