@@ -49,6 +49,7 @@ def serve(model: str | None, config: Path | None, **flags: object) -> None:
         settings = make_config({"model": model, **flags}, config)
     except ConfigError as error:
         fail(str(error), code=2)
+    typer.echo(f"gossamer {__version__} is starting")  # importing torch takes seconds
     from gossamer.server.serve import serve as run
 
     raise typer.Exit(run(settings))

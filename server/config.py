@@ -131,7 +131,7 @@ class ServerConfig:
 
     host: str = _knob("HTTP", "Address to listen on.", "127.0.0.1")
     port: int = _knob("HTTP", "Port to listen on; 0 picks a free one.", 8000, low=0, high=65535)
-    root_path: str = _knob("HTTP", "Path that a proxy in front puts before ours.", "")
+    root_path: str = _knob("HTTP", "Path below which a proxy in front shows this server (it strips the path).", "")
     allowed_origins: tuple[str, ...] = _knob(
         "HTTP", "Web origins that may call from a browser (CORS).", (), shown="none"
     )

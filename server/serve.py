@@ -6,7 +6,6 @@ import time
 
 import orjson
 from rich.console import Console
-from rich.table import Table
 
 from gossamer import __version__
 from gossamer.server.api.app import create_app
@@ -33,7 +32,7 @@ def serve(config: ServerConfig) -> int:
         listener = bind(config)
         with listener:
             port = listener.getsockname()[1]
-            report(f"gossamer {__version__} will listen on {config.host}:{port}")
+            report(f"Port {port} on {config.host} is ours")
             metrics = Metrics(config.names[0])
             engine = build_engine(config, metrics, report)
             app = create_app(engine, config, metrics)
@@ -54,15 +53,16 @@ def _welcome(console: Console, engine: ServingEngine, config: ServerConfig, port
     url = f"http://{shown_host(config.host)}:{port}/v1"
     policy, _, point = policy_of(engine.fingerprint).partition("@")
     points = f" (requests may choose {', '.join(engine.points)})" if len(engine.points) > 1 else ""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold", no_wrap=True)
-    table.add_row("Ready", f"{url}  (OpenAI API)")
-    table.add_row("Model", f"{engine.model.name}, up to {engine.model.max_model_len:,} tokens")
-    table.add_row("Attention", f"policy {policy}, operating point {point or engine.default_point}{points}")
-    table.add_row("KV cache", f"{engine.stats().kv_token_capacity:,} tokens")
+    rows = {
+        "Ready": f"{url}  (OpenAI API)",
+        "Model": f"{engine.model.name}, up to {engine.model.max_model_len:,} tokens",
+        "Attention": f"policy {policy}, operating point {point or engine.default_point}{points}",
+        "KV cache": f"{engine.stats().kv_token_capacity:,} tokens",
+    }
     console.print()
-    console.print(table)
+    for name, text in rows.items():
+        console.print(f"{name:<11}", style="bold", end="")
+        console.print(text, markup=False)
     console.print("\nTry:\n", style="bold")
     console.print(f"  {curl_line(url, engine, needs_key=bool(config.keys()))}\n", markup=False)
 

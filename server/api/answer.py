@@ -11,7 +11,9 @@ from gossamer.server.api.errors import encode
 from gossamer.server.api.job import Job
 from gossamer.server.api.service import Call, Service
 from gossamer.server.api.stream import DONE, EventStream, data, unless_gone
-from gossamer.server.engine.request import Delta, Progress, Started
+from gossamer.server.engine.request import Delta, Progress, RequestError, Started
+
+WRITE_BYTES = 16 * 1024  # frames that are ready together are written together, up to about so much
 
 
 class Form(Protocol):
@@ -122,35 +124,49 @@ async def _whole(call: Call, job: Job, form: Form) -> dict[str, Any]:
 
 
 async def _frames(call: Call, job: Job, form: Form, interval: float) -> AsyncIterator[bytes]:
-    """The stream's bytes, with a comment whenever nothing was sent for `interval` seconds."""
+    """The stream's bytes, with a comment whenever nothing was sent for `interval` seconds.
+
+    One event is one frame; frames that are ready at the same time are written at once.
+    """
     firsts, usage = _first_choices(job), Usage()
     envelope = _envelope(job, form.piece)
-    progress = Heartbeat(interval)
-    while not call.finished:
-        item = await call.next(progress.rest())
-        if item is None:
-            yield progress.comment()
-            continue
-        source, event = item
-        if isinstance(event, Progress):
-            progress.note(source, event)
-            continue
-        usage.count(job, source, event)
-        if isinstance(event, Started):
-            chunks = form.begin(firsts[source], source, event)
-        else:
-            chunks = form.step(firsts[source] + event.index, event)
-        for chunk in chunks:
-            body = {**envelope, "choices": [chunk]}
-            if job.continuous_usage:
-                body["usage"] = usage.body()
-            elif job.include_usage:
-                body["usage"] = None
-            yield data(body)
-            progress.sent()
+    heartbeat = Heartbeat(interval)
+    ready = b""
+    try:
+        while not call.finished:
+            item = await call.next(heartbeat.rest())
+            if item is None:
+                yield heartbeat.comment()
+                continue
+            source, event = item
+            if isinstance(event, Progress):
+                heartbeat.note(source, event)
+                chunks = []
+            else:
+                usage.count(job, source, event)
+                if isinstance(event, Started):
+                    chunks = form.begin(firsts[source], source, event)
+                else:
+                    chunks = form.step(firsts[source] + event.index, event)
+            for chunk in chunks:
+                ready += data({**envelope, "choices": [chunk], **_running_usage(job, usage)})
+            if ready and (len(ready) > WRITE_BYTES or not call.pending):
+                yield ready
+                ready = b""
+                heartbeat.sent()
+    except RequestError:
+        if ready:
+            yield ready
+        raise
     if job.include_usage:
-        yield data({**envelope, "choices": [], "usage": usage.body()})
-    yield DONE
+        ready += data({**envelope, "choices": [], "usage": usage.body()})
+    yield ready + DONE
+
+
+def _running_usage(job: Job, usage: Usage) -> dict[str, Any]:
+    if job.continuous_usage:
+        return {"usage": usage.body()}
+    return {"usage": None} if job.include_usage else {}
 
 
 class Heartbeat:

@@ -42,7 +42,6 @@ def create_app(engine: ServingEngine, config: ServerConfig, metrics: Metrics | N
     app = FastAPI(
         title="Gossamer",
         version=__version__,
-        root_path=config.root_path,
         openapi_url="/openapi.json" if docs else None,
         docs_url="/docs" if docs else None,
         redoc_url=None,

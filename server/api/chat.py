@@ -46,8 +46,15 @@ def prepare(service: Service, raw: bytes) -> Job:
     prompt = encode_messages(service, fields, options)
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     return make_job(
-        service, fields, "chatcmpl-", [prompt], max_tokens=asked, default_tokens=None, logprobs=logprobs
-    )  # fmt: skip
+        service,
+        fields,
+        "chatcmpl-",
+        [prompt],
+        max_tokens=asked,
+        default_tokens=None,
+        prompt_field="messages",
+        logprobs=logprobs,
+    )
 
 
 def encode_messages(service: Service, fields: ChatTemplateFields, options: dict[str, Any]) -> list[int]:

@@ -48,6 +48,7 @@ def prepare(service: Service, raw: bytes) -> Job:
         [tokens for _, tokens in prompts],
         max_tokens=fields.max_tokens,
         default_tokens=DEFAULT_TOKENS,
+        prompt_field="prompt",
         logprobs=fields.logprobs,
         echo=echo,
         prompt_logprobs=fields.logprobs if fields.echo else None,

@@ -3,7 +3,10 @@
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from gossamer.server.api.errors import HTTPError, encode, status_and_body
 
 MAX_HEADER_BYTES = 32 * 1024
 
@@ -43,6 +46,19 @@ class TimedConnection(H11Protocol):
     def resume_writing(self) -> None:
         self._wrote()
         super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP request gets the same shape of error as all others."""
+        _, body, _ = status_and_body(HTTPError(400, "This is not a valid HTTP/1.1 request."))
+        data = encode(body)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(data)).encode()),
+            (b"connection", b"close"),
+        ]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=data), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _answering(self) -> bool:
         cycle: RequestResponseCycle | None = self.cycle  # None before the first request

@@ -95,18 +95,20 @@ def error_response(error: Exception, request_id: str = "") -> Response:
 
 
 def encode(value: object) -> bytes:
-    """JSON bytes; a lone surrogate in a text becomes a replacement character instead of an error."""
+    """JSON bytes. What orjson refuses is made writable: lone surrogates are replaced, huge integers become floats."""
     try:
         return orjson.dumps(value)
     except TypeError:
-        return orjson.dumps(_without_surrogates(value))
+        return orjson.dumps(_writable(value))
 
 
-def _without_surrogates(value: object) -> object:
+def _writable(value: object) -> object:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return float(value)
     if isinstance(value, dict):
-        return {str(_without_surrogates(k)): _without_surrogates(v) for k, v in value.items()}
+        return {str(_writable(k)): _writable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_surrogates(item) for item in value]
+        return [_writable(item) for item in value]
     return value

@@ -41,11 +41,15 @@ def make_job(
     *,
     max_tokens: int | None,
     default_tokens: int | None,
+    prompt_field: str,
     logprobs: int | None,
     echo: tuple[str, ...] | None = None,
     prompt_logprobs: int | None = None,
 ) -> Job:
-    """`default_tokens` None: the rest of the context. Raises InvalidRequest or HTTPError 404."""
+    """`default_tokens` None: the rest of the context. Errors about the prompt name `prompt_field`.
+
+    Any thread. Raises InvalidRequest or HTTPError 404.
+    """
     if fields.best_of is not None and fields.best_of != fields.n:
         raise InvalidRequest("best_of must equal n; this server returns every choice it makes.", param="best_of")
     most = min(MAX_CHOICES, service.config.queued_requests)
@@ -77,7 +81,9 @@ def make_job(
         Request(
             id=f"{job_id}-{number}",
             prompt=prompt,
-            params=replace(params, max_tokens=answer_length(len(prompt), max_tokens, default_tokens, limit)),
+            params=replace(
+                params, max_tokens=answer_length(len(prompt), max_tokens, default_tokens, limit, prompt_field)
+            ),
             n=fields.n,
             priority=fields.priority,
             cache_salt=salt,
@@ -101,7 +107,7 @@ def make_job(
     )
 
 
-def answer_length(prompt: int, asked: int | None, default: int | None, limit: int) -> int:
+def answer_length(prompt: int, asked: int | None, default: int | None, limit: int, prompt_field: str) -> int:
     """How many tokens the answer may have. Raises InvalidRequest when prompt and answer outgrow the context."""
     if asked is not None and not 0 <= asked < 2**31:
         raise InvalidRequest(f"max_tokens must be between 1 and {limit}, not {asked}.", param="max_tokens")
@@ -109,7 +115,7 @@ def answer_length(prompt: int, asked: int | None, default: int | None, limit: in
         answer = "" if asked is None else f" and {asked} were asked for in the answer"
         raise InvalidRequest(
             f"This server's context holds {limit} tokens, but the prompt has {prompt}{answer}; shorten one of them.",
-            param="prompt" if asked is None or prompt >= limit else "max_tokens",
+            param=prompt_field if asked is None or prompt >= limit else "max_tokens",
             code="context_length_exceeded",
         )
     if asked is not None:

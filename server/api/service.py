@@ -1,6 +1,7 @@
 """What all routes share: the engine, the limits before it, the threads for text work, and the calls that are open."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -85,6 +86,8 @@ class Call:
         self._queue = EventQueue()
         self._tickets: list[OpenRequest] = []
         self._choices = 0
+        self._heard = False  # whether the engine has begun with any of it
+        self._patience = 0.0
         service.calls.add(self)
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -92,13 +95,21 @@ class Call:
         for source, request in enumerate(requests):
             self._tickets.append(self._service.engine.submit(request, self._queue.publisher(source)))
             self._choices += request.n
+        self._patience = time.monotonic() + self._service.config.queue_timeout
 
     async def next(self, timeout: float | None = None) -> tuple[int, Event] | None:
         """The next event and its prompt's number; None after `timeout` seconds.
 
         Raises GenerationFailed or Interrupted when the engine gave a choice up.
         """
+        if not self._heard:
+            left = max(0.0, self._patience - time.monotonic())
+            timeout = left if timeout is None else min(left, timeout)
         item = await self._queue.get(timeout)
+        self._heard = self._heard or item is not None
+        if not self._heard and time.monotonic() >= self._patience:
+            self._service.metrics.rejected("queue_timeout")
+            raise Interrupted("The request waited too long for its turn; try again later.")
         if item is not None and isinstance(item[1], Delta) and item[1].finish_reason is not None:
             self._choices -= 1
             if item[1].finish_reason == "error":
@@ -111,6 +122,11 @@ class Call:
     def finished(self) -> bool:
         """Every choice has been taken from the queue to its end."""
         return self._choices == 0
+
+    @property
+    def pending(self) -> bool:
+        """`next` would not have to wait."""
+        return self._queue.pending
 
     def fail(self, error: Exception) -> None:
         self._queue.fail(error)

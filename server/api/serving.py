@@ -54,6 +54,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=timed_connection(config.read_timeout, config.write_timeout),
+                root_path=config.root_path,
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -44,6 +44,10 @@ class EventQueue:
 
         return publish
 
+    @property
+    def pending(self) -> bool:
+        return bool(self._pending) or self._error is not None
+
     def fail(self, error: Exception) -> None:
         """Let the reader meet `error` next; any thread. What comes later is dropped."""
         self._error = self._error or error
