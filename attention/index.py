@@ -35,10 +35,13 @@ def build_index(proposal: Proposal, kv: PagedKV, blocks: QueryBlocks) -> SparseI
 def _readable_tokens(
     tokens: Tensor, pages: Tensor, readable: Tensor, sink: Tensor, oldest: Tensor, last: Tensor, size: int
 ) -> Tensor:
-    """tokens [G, N, K] -> the same with every token that may not or need not be read replaced by -1."""
-    home = (tokens.clamp(min=0) // size).long()
+    """tokens [G, N, K] -> the same, ascending, with every token that may not or need not be read replaced by -1."""
+    tokens = tokens.sort(-1).values
+    repeated = torch.zeros_like(tokens, dtype=torch.bool)
+    repeated[..., 1:] = tokens[..., 1:] == tokens[..., :-1]
+    home = (tokens // size).clamp(0, pages.shape[-1] - 1).long()
     covered = pages.gather(-1, home)
     resident = readable.expand_as(pages).gather(-1, home)
     visible = (tokens < sink) | (tokens >= oldest)
-    keep = (tokens >= 0) & (tokens <= last) & resident & visible & ~covered
+    keep = (tokens >= 0) & (tokens <= last) & resident & visible & ~covered & ~repeated
     return torch.where(keep, tokens, -1)

@@ -20,9 +20,9 @@ class HeadPolicy:
 DENSE = HeadPolicy(Dense(), Dense(), KeepAll())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class OperatingPoint:
-    """One setting of the whole model. `heads[layer][kv_head]`."""
+    """One setting of the whole model. `heads[layer][kv_head]`. Two points are the same when they are one object."""
 
     name: str
     heads: tuple[tuple[HeadPolicy, ...], ...]

@@ -1,5 +1,6 @@
 """The policy file: YAML, one per model, read by people. docs/policies.md describes it; the classes here are its schema."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -89,8 +90,8 @@ class ModelEntry(_Strict):
 
     name: str | None = None
     model_type: str | None = None
-    layers: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
+    layers: int = Field(ge=1, le=10_000)
+    kv_heads: int = Field(ge=1, le=10_000)
     query_heads: int | None = None
     head_dim: int | None = None
 
@@ -139,20 +140,34 @@ def load_policy_file(path: Path) -> PolicyFile:
         raise PolicyError(f"The policy file {path} cannot be read: {error}.") from error
     try:
         raw = yaml.load(text, Loader=_PlainLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, long numbers, deep nesting
         raise PolicyError(f"The policy file {path} is not plain YAML: {' '.join(str(error).split())[:300]}.") from error
     if not isinstance(raw, dict) or "gossamer_policy" not in raw:
         raise PolicyError(f"{path} is not a policy file: it must begin with 'gossamer_policy: {VERSION}'.")
-    if raw["gossamer_policy"] != VERSION:
+    if type(raw["gossamer_policy"]) is not int or raw["gossamer_policy"] != VERSION:
         raise PolicyError(
             f"The policy file {path} is of version {raw['gossamer_policy']!r}; this server reads version {VERSION}."
         )
     try:
         return PolicyFile.model_validate(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise PolicyError(f"The policy file {path} is wrong at {place}: {first['msg']}.") from error
+        raise PolicyError(f"The policy file {path} is wrong at {_first_fault(error)}.") from error
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Where the first fault is, in the words of the file, and what it is. Of the kinds that a place allows, the one
+    that got furthest was meant; where none got further, all are said."""
+    faults = [(_place(fault["loc"]), fault["msg"]) for fault in error.errors(include_url=False)]
+    top = faults[0][0]
+    place = max((place for place, _ in faults if place[: len(top)] == top), key=len)
+    messages = [re.sub(r" or instance of \w+", "", message) for at, message in faults if at == place]
+    return f"{'.'.join(place)}: {'; or '.join(dict.fromkeys(messages))}"
+
+
+def _place(location: tuple[str | int, ...]) -> tuple[str, ...]:
+    """Without what pydantic adds: the kind of a union that it tried."""
+    kinds = ("str", "int", "literal['all']", "KeepEntry")
+    return tuple(str(part) for part in location if part not in kinds)
 
 
 def check_model(
@@ -211,7 +226,7 @@ def _numbers(spec: str | int, count: int, what: str, where: str) -> Sequence[int
     numbers: list[int] = []
     for part in str(spec).split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
             raise PolicyError(f'In {where}, {spec!r} is not a list of {what}s; write "all", 3, or "0-3, 7".')
         stop = int(last) if dash else int(first)
         if stop >= count:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from gossamer.attention.policy import AttentionPolicy
 from gossamer.server.config import ServerConfig
 from gossamer.server.engine.build import assemble, attention_policy
@@ -16,6 +19,8 @@ from gossamer.server.engine.model import Model, load_model
 from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
 from gossamer.server.engine.request import Delta, Event, Request, SamplingParams, Started
 from gossamer.server.engine.tokenizer import Tokenizer
+
+torch.set_num_threads(1)  # tiny tensors: on a busy machine several threads mostly wait for each other
 
 WAIT = 120.0  # seconds after which a test gives up
 _ids = itertools.count()
@@ -78,6 +83,45 @@ class Answer:
         return next(e.cached_tokens for e in self.events if isinstance(e, Started))
 
 
+class Brake:
+    """Lets an engine's forward passes go one by one. While one waits at the brake, the engine stands still: its step is
+    planned and its pages are taken, nothing is computed yet."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._arrived, self._may_go, self._open = threading.Semaphore(0), threading.Semaphore(0), False
+        forward = Model.forward
+
+        def braked(model: Model, *inputs: Any) -> torch.Tensor:
+            if not self._open:
+                self._arrived.release()
+                assert self._may_go.acquire(timeout=WAIT)
+            return forward(model, *inputs)
+
+        monkeypatch.setattr(Model, "forward", braked)
+
+    def wait(self) -> None:
+        """Until a forward pass waits here."""
+        assert self._arrived.acquire(timeout=WAIT), "no step began"
+
+    def step(self, count: int = 1) -> None:
+        """Let the waiting forward pass go, and wait for the next one."""
+        for _ in range(count):
+            self._may_go.release()
+            self.wait()
+
+    def release(self) -> None:
+        """Let everything go from here on."""
+        self._open = True
+        self._may_go.release()
+
+
+def records_of(engine: Engine) -> Records:
+    """What a test engine has told its observer."""
+    observer = engine._loop.observer
+    assert isinstance(observer, Records)
+    return observer
+
+
 def ask(engine: Engine, prompt: Sequence[int], *, n: int = 1, **params: Any) -> Answer:
     """Submit a greedy request of 16 tokens, unless told otherwise. Request fields and sampling parameters by name."""
     outer = {k: params.pop(k) for k in ("priority", "cache_salt", "point", "prompt_logprobs") if k in params}
@@ -111,8 +155,6 @@ def make_engine(
 
 
 def load_tiny(settings: ServerConfig) -> Model:
-    import torch
-
     return load_model(
         settings.model_path,
         revision=None,

@@ -20,7 +20,7 @@ from gossamer.server.engine.executor import Executor
 from gossamer.server.engine.families import StartupError
 from gossamer.server.engine.loop import Loop, Observer
 from gossamer.server.engine.memory import cache_memory
-from gossamer.server.engine.model import Model, load_model
+from gossamer.server.engine.model import Model, load_config, load_model
 from gossamer.server.engine.pace import Pace
 from gossamer.server.engine.sampler import Sampler
 from gossamer.server.engine.scheduler import Limits, Scheduler
@@ -37,7 +37,13 @@ def build_engine(config: ServerConfig, metrics: Observer, report: Callable[[str]
     if config.threads:
         torch.set_num_threads(config.threads)
     path = config.model_path
-    tokenizer = Tokenizer.load(config.tokenizer or path, revision=config.revision, chat_template=config.chat_template)
+    load_config(path, config.revision)  # a checkpoint that cannot be served is refused for that, not for its tokenizer
+    try:
+        tokenizer = Tokenizer.load(
+            config.tokenizer or path, revision=config.revision, chat_template=config.chat_template
+        )
+    except ValueError as error:
+        raise StartupError(str(error)) from error
     model = load_model(
         path,
         revision=config.revision,
@@ -116,7 +122,9 @@ def _size_cache(
     shape = model.shape
     reserve = ACTIVATION_COPIES * step_tokens * shape.activation_width * model.dtype.itemsize
     memory = config.kv_cache_memory or cache_memory(model.device, config.gpu_memory_utilization, reserve)
-    rules = [[point.heads[layer][heads[0]].keep for layer, heads in (g.slots[0] for g in groups)] for point in policy.points]
+    rules = [
+        [point.heads[layer][heads[0]].keep for layer, heads in (g.slots[0] for g in groups)] for point in policy.points
+    ]
     page_bytes = [bytes_per_page(group, shape.head_dim, model.dtype) for group in groups]
     wanted = config.max_model_len or shape.max_positions
     if config.max_model_len is not None and config.max_model_len > shape.max_positions:
@@ -127,7 +135,9 @@ def _size_cache(
     if config.max_model_len is None:
         longest = longest_sequence(memory, rules, page_bytes, wanted, step_tokens)
     if longest == 0:
-        raise StartupError(f"The KV cache would get {memory / 2**20:.0f} MiB, which holds not one page; raise --kv-cache-memory.")
+        raise StartupError(
+            f"The KV cache would get {memory / 2**20:.0f} MiB, which holds not one page; raise --kv-cache-memory."
+        )
     if config.kv_cache_memory is None and model.device.type == "cpu":
         # More than all sequences can fill is never used.
         most = sum(-(-longest // PAGE_SIZE) * size for size in page_bytes) * config.max_num_seqs * 2
@@ -142,12 +152,24 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise StartupError("--device cuda was asked for, but torch sees no GPU; use --device cpu, or install torch with CUDA.")
+        raise StartupError(
+            "--device cuda was asked for, but torch sees no GPU; use --device cpu, or install torch with CUDA."
+        )
     return torch.device(name)
 
 
 def attention_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
     """The policy asked for, or the one packaged for this model, or dense; within the windows of the model's layers."""
+    policy = within_windows(_find_policy(config, model), model.shape.windows)
+    for point in (config.attention_point, *config.attention_allow_points):
+        if point is not None and point not in policy.names:
+            raise StartupError(
+                f"The policy {policy.name!r} has no operating point {point!r}; it has: {', '.join(policy.names)}."
+            )
+    return policy
+
+
+def _find_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
     shape = model.shape
     asked = config.attention_policy
     packaged = files("gossamer") / "configs" / "policies"
@@ -156,7 +178,7 @@ def attention_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
     if asked is not None and Path(asked).is_file():
         file = Path(asked)
     if asked == "dense" or (asked is None and not file.is_file()):
-        return within_windows(dense_policy(shape.layers, shape.kv_heads), shape.windows)
+        return dense_policy(shape.layers, shape.kv_heads)
     if not file.is_file():
         known = sorted(p.name.removesuffix(".yaml") for p in packaged.iterdir() if p.name.endswith(".yaml"))
         raise StartupError(
@@ -172,12 +194,6 @@ def attention_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
             query_heads=shape.query_heads,
             head_dim=shape.head_dim,
         )
-        policy = within_windows(entry.policy(), shape.windows)
+        return entry.policy()
     except PolicyError as error:
         raise StartupError(str(error)) from error
-    for point in (config.attention_point, *config.attention_allow_points):
-        if point is not None and point not in policy.names:
-            raise StartupError(
-                f"The policy {policy.name!r} has no operating point {point!r}; it has: {', '.join(policy.names)}."
-            )
-    return policy

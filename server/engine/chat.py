@@ -1,4 +1,6 @@
-"""The model's chat format: messages in, one text out, with the control tokens that clients spelled kept apart from the template's own."""
+"""The model's chat format: messages in, one text out, with the control tokens that clients spelled kept apart from the
+template's own.
+"""
 
 import inspect
 import json
@@ -23,7 +25,12 @@ class ChatTemplate:
         self._fast = fast
         template = fast.chat_template
         self.present = isinstance(template, str) or (isinstance(template, dict) and "default" in template)
-        self._reserved = {*inspect.signature(fast.apply_chat_template).parameters, *fast.special_tokens_map, "messages", "conversations"}
+        self._reserved = {
+            *inspect.signature(fast.apply_chat_template).parameters,
+            *fast.special_tokens_map,
+            "messages",
+            "conversations",
+        }
         self._takes_lists = self.present and self._renders_parts()
 
     def render(
@@ -35,10 +42,13 @@ class ChatTemplate:
         continue_final_message: bool,
         variables: dict[str, Any],
     ) -> str:
-        """Raises InvalidRequest when there is no template, when it refuses, or when a variable has a name that is not free."""
+        """Raises InvalidRequest when there is no template, when it refuses, or when a variable has a name that is not
+        free.
+        """
         if not self.present:
             raise InvalidRequest(
-                "This model has no chat template; use /v1/completions or start the server with --chat-template.", param="messages"
+                "This model has no chat template; use /v1/completions or start the server with --chat-template.",
+                param="messages",
             )
         if taken := sorted(self._reserved & variables.keys()):
             raise InvalidRequest(f"chat_template_kwargs must not set {taken[0]}.", param="chat_template_kwargs")
@@ -58,12 +68,15 @@ class ChatTemplate:
                 **variables,
             )
         except Exception as error:  # a template can fail in any way that an expression can
-            raise InvalidRequest(f"The model's chat template refuses these messages: {_reason(error)}.", param="messages") from error
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {_reason(error)}.", param="messages"
+            ) from error
         return str(text)
 
     def plain_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Messages as templates want them: text parts joined by newlines unless the template takes lists, no null content (except
-        beside tool calls, where it is left out), and arguments of tool calls as objects."""
+        """Messages as templates want them: text parts joined by newlines unless the template takes lists, no null
+        content (except beside tool calls, where it is left out), and arguments of tool calls as objects.
+        """
         return [self._plain_message(message) for message in messages]
 
     def _plain_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +84,9 @@ class ChatTemplate:
         content = plain.get("content")
         if isinstance(content, list | tuple):
             texts = [part if isinstance(part, str) else _part_text(part) for part in content]
-            plain["content"] = [{"type": "text", "text": text} for text in texts] if self._takes_lists else "\n".join(texts)
+            plain["content"] = (
+                [{"type": "text", "text": text} for text in texts] if self._takes_lists else "\n".join(texts)
+            )
         elif content is None and not plain.get("tool_calls"):
             plain["content"] = ""
         if plain.get("tool_calls"):
@@ -96,8 +111,10 @@ class ChatTemplate:
 
 
 class Masks:
-    """Hides the spellings of control tokens in a client's strings behind private characters, one for each spelling, which no string of
-    the request holds. A single character cannot be cut in two by a template, and has no case and no white space."""
+    """Hides the spellings of control tokens in a client's strings behind private characters, one for each spelling,
+    which no string of the request holds. A single character cannot be cut in two by a template, and has no case and no
+    white space.
+    """
 
     def __init__(self, controls: Iterable[str]) -> None:
         spellings = set(controls)
@@ -128,6 +145,10 @@ class Masks:
             text = text.replace(json.dumps(mask)[1:-1], json.dumps(spelling)[1:-1])
         return text
 
+    def count(self, text: str) -> int:
+        """How many control tokens `text` spells."""
+        return len(self._pattern.findall(text))
+
     def _hidden(self, value: Any) -> Any:
         if isinstance(value, str):
             return self._hide_parts([value])[0]
@@ -137,7 +158,9 @@ class Masks:
             return value
         if value and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value):
             texts = self._hide_parts([part["text"] for part in value])  # templates print text parts side by side
-            return [{**self._hidden({**part, "text": ""}), "text": text} for part, text in zip(value, texts, strict=True)]
+            return [
+                {**self._hidden({**part, "text": ""}), "text": text} for part, text in zip(value, texts, strict=True)
+            ]
         return [self._hidden(item) for item in value]
 
     def _hide_parts(self, texts: list[str]) -> list[str]:
@@ -162,11 +185,15 @@ class Masks:
         if spelling not in self._masks:
             if self._free is None:
                 taken = {char for text in _strings(self._given) for char in text if ord(char) >= _FIRST_PRIVATE}
-                self._free = (mask for code in range(_LAST_PRIVATE, _FIRST_PRIVATE, -1) if (mask := chr(code)) not in taken)
-            mask = next(self._free, None)
-            if mask is None:
-                raise InvalidRequest("The messages use up Unicode's private characters; leave some out.", param="messages")
-            self._masks[spelling] = mask
+                self._free = (
+                    mask for code in range(_LAST_PRIVATE, _FIRST_PRIVATE, -1) if (mask := chr(code)) not in taken
+                )
+            try:
+                self._masks[spelling] = next(self._free)
+            except StopIteration:
+                raise InvalidRequest(
+                    "The messages use up Unicode's private characters; leave some out.", param="messages"
+                ) from None
         return self._masks[spelling]
 
 

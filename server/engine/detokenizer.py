@@ -13,14 +13,13 @@ _LONGEST_CHARACTER = 4  # bytes
 class Detokenizer:
     """The text of one choice. Linear in the number of tokens; what has been returned is never taken back.
 
-    All pushes and the flush together are `decode(vocabulary, tokens)`. With `prompt` (token ids, of which only the ends are read), they
-    are what the tokens add to the prompt's own text: in SentencePiece-like tokenizers a word at the beginning of a text loses its leading
-    space, a word after a prompt keeps it, and a character that the prompt left unfinished is completed.
+    All pushes and the flush together are `decode(vocabulary, tokens)`. With `prompt` (token ids, of which only the ends
+    are read), they are what the tokens add to the prompt's own text: in SentencePiece-like tokenizers a word at the
+    beginning of a text loses its leading space, a word after a prompt keeps it, and a character that the prompt left
+    unfinished is completed.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, *, prompt: Sequence[int] = (), skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
         rules = vocabulary.rules
         self._vocabulary = vocabulary
         self._skipped: frozenset[int] = vocabulary.special_ids if skip_special_tokens else frozenset()
@@ -91,8 +90,9 @@ class Detokenizer:
 def decode(vocabulary: Vocabulary, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
     """The text of `tokens`.
 
-    It is the text that the tokenizer's own decoder gives, with one difference: in a byte-fallback vocabulary, a run of byte tokens
-    that holds a bad byte keeps its good characters, where the library turns the whole run into U+FFFD (which could not be streamed).
+    It is the text that the tokenizer's own decoder gives, with one difference: in a byte-fallback vocabulary, a run of
+    byte tokens that holds a bad byte keeps its good characters, where the library turns the whole run into U+FFFD
+    (which could not be streamed).
     """
     whole = Detokenizer(vocabulary, skip_special_tokens=skip_special_tokens)
     return whole.push_all(tokens) + whole.flush()

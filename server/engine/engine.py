@@ -183,7 +183,9 @@ class Engine:
     def _in_flight(self, request: Request, arrival: int, publish: Callable[[Event], None]) -> InFlight:
         point = self._point(request)
         rules = self._rules(point)
-        salt = f"{self._policy.name}/{point.fingerprint()}/{self.cache.pools[0].k.dtype}/{request.cache_salt}".encode()
+        salt = f"{self._policy.name}/{point.fingerprint()}/{self.cache.pools[0].k.dtype}/{request.cache_salt}".encode(
+            errors="surrogatepass"  # JSON can spell half a character
+        )
         first = request.params.seed
         if first is None:
             first = secrets.randbits(63) if self._seed is None else self._seed + arrival

@@ -49,7 +49,11 @@ class Executor:
             self._score(part, logits[first : first + part.new])
         sampled: dict[Sequence, Sampled] = {}
         if sampling:
-            chosen = logits if len(sampling) == len(rows) else logits[torch.tensor([row for _, row in sampling], device=device)]
+            chosen = (
+                logits
+                if len(sampling) == len(rows)
+                else logits[torch.tensor([row for _, row in sampling], device=device)]
+            )
             results = self.sampler.sample(chosen, [part.sequence.row for part, _ in sampling])
             sampled = {part.sequence: result for (part, _), result in zip(sampling, results, strict=True)}
         return Outcome(sampled, seconds)

@@ -53,10 +53,14 @@ def check_family(config: Mapping[str, Any]) -> None:
         raise StartupError("config.json names no model_type; give a complete Hugging Face model directory.")
     if family not in SUPPORTED:
         why = f": {_WHY_NOT[family]}" if family in _WHY_NOT else ""
-        raise StartupError(f"Models of the family {family!r} cannot be served{why}. Served are: {', '.join(SUPPORTED)}.")
+        raise StartupError(
+            f"Models of the family {family!r} cannot be served{why}. Served are: {', '.join(SUPPORTED)}."
+        )
     unknown = sorted(set(config.get("layer_types") or ()) - _KNOWN_LAYERS)
     if unknown:
         raise StartupError(f"This {family} model has layers of kind {', '.join(unknown)}, which cannot be served.")
     if "auto_map" in config:
         # transformers would ignore it with trust_remote_code off; what the author meant would still be missing.
-        raise StartupError("This checkpoint brings Python code of its own (auto_map), which is never run; use one that does not.")
+        raise StartupError(
+            "This checkpoint brings Python code of its own (auto_map), which is never run; use one that does not."
+        )

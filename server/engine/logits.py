@@ -16,9 +16,10 @@ from gossamer.server.engine.request import SamplingParams
 class SampleRow:
     """One choice as the sampler sees it: made once, told of every token, and independent of the batch it is in.
 
-    `seed` is resolved by the engine (the request's or a random one, changed by the choice's index; any integer). `forbid` are the tokens
-    that may not come before `params.min_tokens`: the model's end tokens (unless ignored) and the request's stop tokens. All ids must be
-    below the number of logits. `output` are tokens chosen already, for a choice that is rebuilt.
+    `seed` is resolved by the engine (the request's or a random one, changed by the choice's index; any integer).
+    `forbid` are the tokens that may not come before `params.min_tokens`: the model's end tokens (unless ignored) and
+    the request's stop tokens. All ids must be below the number of logits. `output` are tokens chosen already, for a
+    choice that is rebuilt.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class SampleRow:
         bias = dict(params.logit_bias)
         self.bias_ids = np.array(list(bias), dtype=np.int64)
         self.bias = np.array(list(bias.values()), dtype=np.float32)
-        self.penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0 or params.repetition_penalty != 1.0
+        self.penalised = (
+            params.presence_penalty != 0.0 or params.frequency_penalty != 0.0 or params.repetition_penalty != 1.0
+        )
         self.repeats = params.repetition_penalty != 1.0
         self._prompt = prompt if self.repeats else ()
         self._prompt_seen: Tensor | None = None
@@ -110,7 +113,9 @@ def _penalise(logits: Tensor, rows: Sequence[tuple[int, SampleRow]]) -> None:
         ids, counts = row.output_counts()
         params = row.params
         if len(ids) and (params.frequency_penalty or params.presence_penalty):
-            parts.append((i, ids, -(counts * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty))))
+            parts.append(
+                (i, ids, -(counts * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty)))
+            )
     counted = _flat(logits, parts)
     if counted is not None:
         logits[counted[0], counted[1]] += counted[2]
@@ -119,7 +124,9 @@ def _penalise(logits: Tensor, rows: Sequence[tuple[int, SampleRow]]) -> None:
 def _flat(
     logits: Tensor, parts: Sequence[tuple[int, NDArray[np.int64], NDArray[np.float32] | None]]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(row, tokens, values) of several rows, end to end on the device: row numbers, tokens, values. No (row, token) occurs twice."""
+    """(row, tokens, values) of several rows, end to end on the device: row numbers, tokens, values. No (row, token)
+    occurs twice.
+    """
     if not parts:
         return None
     tokens = np.concatenate([ids for _, ids, _ in parts])

@@ -20,7 +20,9 @@ _log = logging.getLogger(__name__)
 IDLE_SECONDS = 1.0  # how often an idle loop turns
 HUNG_SECONDS = 60.0  # a step counts as hung after this long, or ten times its prediction if that is longer
 MOST_FAILURES = 3  # failed steps in a row after which the engine gives up
-STEP_FAILED = "The server failed while computing this answer; try again, and look into the server's log if it happens again."
+STEP_FAILED = (
+    "The server failed while computing this answer; try again, and look into the server's log if it happens again."
+)
 SHUT_DOWN = "The server shut down before the answer was complete; try again."
 DEAD = "The engine has failed and the server has to be restarted."
 

@@ -112,13 +112,18 @@ def load_config(path: str, revision: str | None) -> PreTrainedConfig:
             raw = json.loads(file.read_text("utf-8"))
         except (ValueError, OSError) as error:
             raise StartupError(f"{file} cannot be read as JSON ({error}); copy the checkpoint again.") from error
+        if not isinstance(raw, dict):
+            raise StartupError(f"{file} holds no JSON object; copy the checkpoint again.")
         check_family(raw)
     elif local.exists() or path.startswith((".", "/", "~")):
         raise StartupError(f"{path} is not a directory; give the directory of a Hugging Face checkpoint or a hub id.")
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:
-        raise StartupError(f"The configuration of {path} cannot be loaded: {_first_line(error)}") from error
+        raise StartupError(
+            f"The configuration of {path} cannot be loaded ({_first_line(error)}); check the name, and the network if it "
+            "is a hub id, or copy the checkpoint again."
+        ) from error
     assert isinstance(config, PreTrainedConfig)
     check_family(config.to_dict())
     return config
@@ -129,7 +134,9 @@ def _load_weights(
 ) -> Any:
     """The module in evaluation mode; refuses pickled, truncated and incomplete checkpoints by name."""
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
-        raise StartupError(f"{path} holds no .safetensors file; only safetensors weights are loaded, convert the checkpoint.")
+        raise StartupError(
+            f"{path} holds no .safetensors file; only safetensors weights are loaded, convert the checkpoint."
+        )
     quiet = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
@@ -141,10 +148,14 @@ def _load_weights(
             attn_implementation=PROBE,
             use_safetensors=True,
             trust_remote_code=False,
+            device_map={"": device},  # straight to where they are used: host memory need not hold them all
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below; transformers prints a table and raises without names
         )
     except Exception as error:
-        raise StartupError(f"The weights of {path} cannot be loaded: {_first_line(error)}") from error
+        raise StartupError(
+            f"The weights of {path} cannot be loaded ({_first_line(error)}); copy the checkpoint again."
+        ) from error
     finally:
         transformers_logging.set_verbosity(quiet)
     module, info = loaded
@@ -153,7 +164,7 @@ def _load_weights(
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind])
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise StartupError(f"The checkpoint {path} {what} {some}; its weights do not belong to its config.json.")
-    return module.to(device).eval()
+    return module.eval()
 
 
 def _random_weights(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
@@ -184,7 +195,9 @@ def _fix_rope(module: nn.Module, served_length: int, device: torch.device) -> No
     """Let every rotary embedding choose its factors for `served_length` once, and never again."""
     for rotary in module.modules():
         kind = getattr(rotary, "rope_type", None)
-        kinds: Mapping[str | None, str] = kind if isinstance(kind, dict) else {None: kind} if isinstance(kind, str) else {}
+        kinds: Mapping[str | None, str] = (
+            kind if isinstance(kind, dict) else {None: kind} if isinstance(kind, str) else {}
+        )
         last = torch.tensor([[served_length - 1]], device=device)
         fixed = dict(kinds)
         for layer_type, name in kinds.items():
@@ -198,10 +211,23 @@ def _fix_rope(module: nn.Module, served_length: int, device: torch.device) -> No
 
 
 def _record(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, seen: dict[int, Any], **kw: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    seen: dict[int, Any],
+    **kw: Any,
 ) -> tuple[Tensor, None]:
     """An attention function that notes how it was called."""
-    seen[int(module.layer_idx)] = (query.shape[1], key.shape[1], query.shape[3], value.shape[3], kw.get("sliding_window"))  # type: ignore[arg-type]
+    seen[int(module.layer_idx)] = (
+        query.shape[1],
+        key.shape[1],
+        query.shape[3],
+        value.shape[3],
+        kw.get("sliding_window"),
+    )  # type: ignore[arg-type]
     return torch.zeros_like(query).transpose(1, 2), None
 
 
@@ -217,7 +243,9 @@ def _probe(module: Any, config: PreTrainedConfig, longest: int, device: torch.de
         raise StartupError(f"This {config.model_type} model's layers differ in their heads, which cannot be served.")
     query_heads, kv_heads, head_dim, value_dim = shapes.pop()
     if head_dim != value_dim:
-        raise StartupError(f"This {config.model_type} model's values are not as wide as its keys, which cannot be served.")
+        raise StartupError(
+            f"This {config.model_type} model's values are not as wide as its keys, which cannot be served."
+        )
     parameters = sum(p.numel() for p in module.parameters())
     width = max(int(getattr(config, "intermediate_size", 0)), query_heads * head_dim, int(config.hidden_size))
     windows = tuple(seen[i][4] for i in range(layers))
@@ -230,7 +258,12 @@ def _generation_defaults(
     """End-of-sequence ids and sampling defaults, from generation_config.json where there is one."""
     try:
         generation = GenerationConfig.from_pretrained(path, revision=revision or "main")
-    except OSError:
+    except Exception as error:
+        file = Path(path) / "generation_config.json"
+        if file.exists() or not isinstance(error, OSError):
+            raise StartupError(
+                f"{file} cannot be used ({_first_line(error)}); copy it again, or remove it."
+            ) from error
         generation = GenerationConfig.from_model_config(config)
     eos = generation.eos_token_id if generation.eos_token_id is not None else getattr(config, "eos_token_id", None)
     ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(i) for i in eos)
@@ -244,4 +277,4 @@ def _generation_defaults(
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[0][:300].rstrip('.')}" if text else type(error).__name__

@@ -72,7 +72,8 @@ class SamplingParams:
         _range("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.min_tokens > self.max_tokens:
             raise InvalidRequest(
-                f"min_tokens ({self.min_tokens}) must not be larger than max_tokens ({self.max_tokens}).", param="min_tokens"
+                f"min_tokens ({self.min_tokens}) must not be larger than max_tokens ({self.max_tokens}).",
+                param="min_tokens",
             )
         _range("temperature", self.temperature, 0.0, 2.0)
         _range("top_p", self.top_p, 0.0, 1.0, open_low=True)
@@ -104,7 +105,8 @@ class SamplingParams:
             for token in ids:
                 if not 0 <= token < vocab_size:
                     raise InvalidRequest(
-                        f"{param} names token {token}, but the vocabulary holds tokens 0 to {vocab_size - 1}.", param=param
+                        f"{param} names token {token}, but the vocabulary holds tokens 0 to {vocab_size - 1}.",
+                        param=param,
                     )
 
 

@@ -118,11 +118,15 @@ class Scheduler:
         share: dict[Sequence, int] = {}
         oldest, *others = prompts
         half = budget if not others else (budget + 1) // 2
+        size = self.cache.page_size
+        least = min(oldest.pending, size - oldest.computed % size, budget)  # it must move on, by a page where that fits
         for sequence in (oldest, *sorted(others, key=lambda s: (s.pending, s.rank)), oldest):
             had = share.get(sequence, 0)
             most = half if sequence is oldest and not share else budget
             within = self.pace.most_tokens(sequence.computed + had, units) if units is not None else most
             got = min(sequence.pending - had, most, within)
+            if not share:
+                got = max(got, least)
             share[sequence] = had + got
             budget -= got
             if units is not None:
@@ -138,16 +142,16 @@ class Scheduler:
         return max(0.0, self.limits.step_seconds / pace - sum(self.pace.work(p.first, p.new) for p in parts.values()))
 
     def _whole_pages(self, sequence: Sequence, tokens: int, must_move: bool) -> int:
-        """End chunks at page boundaries, unless the prompt ends first; the sequence that must move on gets a page at least."""
+        """End chunks at page boundaries, unless the prompt ends first, or the sequence that must move on would not."""
         size = self.cache.page_size
         if sequence.lacks_prompt_logprobs:
             tokens = min(tokens, PROMPT_LOGPROB_TOKENS)
         if tokens >= sequence.pending:
             return sequence.pending
         end = (sequence.computed + tokens) // size * size
-        if end > sequence.computed or not must_move:
-            return max(0, end - sequence.computed)
-        return min(sequence.pending, size - sequence.computed % size, self.limits.step_tokens)
+        if end > sequence.computed:
+            return end - sequence.computed
+        return tokens if must_move else 0
 
     def _admit(self) -> None:
         """Move waiting sequences to the running set, in order of rank, while there is room for their known tokens."""

@@ -16,7 +16,9 @@ class _Node:
 
 
 class StopStrings:
-    """All stop strings of a request as one automaton: a character costs the same however many there are. Choices may share it."""
+    """All stop strings of a request as one automaton: a character costs the same however many there are. Choices may
+    share it.
+    """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self.root = _Node(0)
@@ -51,7 +53,8 @@ class StopStrings:
 
 
 class StopChecker:
-    """Watches the text of one choice. The stop string that is complete first wins; of those that end at the same character, the longest.
+    """Watches the text of one choice. The stop string that is complete first wins; of those that end at the same
+    character, the longest.
 
     So the outcome depends on the text alone, never on how it was cut into tokens.
     """
@@ -79,7 +82,7 @@ class StopChecker:
         return whole[:cut], None
 
     def skip(self, text: str) -> str:
-        """Text in which stop strings do not count (before min_tokens): it is sent as it is, after what was held back."""
+        """Text in which stop strings do not count (before min_tokens): sent as it is, after what was held back."""
         whole = self._held + text
         self._node, self._held = self._stops.root, ""
         return whole

@@ -1,18 +1,22 @@
 """Text to tokens and back, through the checkpoint's own tokenizer.
 
-Text that spells a special token stays text: what a client sends can never become a control token, only the chat template's own words can.
-"Special" is what the tokenizer marks so, and whatever looks like `<|…|>`, which some checkpoints forget to mark. Other added tokens
-(`<think>`, `<tool_call>`) are ordinary vocabulary: clients send them back in earlier answers.
+Text that spells a special token stays text: what a client sends can never become a control token, only the chat
+template's own words can. "Special" is what the tokenizer marks so, and whatever looks like `<|…|>`, which some
+checkpoints forget to mark. Other added tokens (`<think>`, `<tool_call>`) are ordinary vocabulary: clients send them
+back in earlier answers.
 """
 
 import json
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gossamer.server.engine.chat import ChatTemplate, Masks
@@ -21,27 +25,41 @@ from gossamer.server.engine.request import InvalidRequest
 from gossamer.server.engine.vocabulary import Vocabulary
 
 _CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)
+_REST = "\U0010ffff"  # a noncharacter, for all that is no added token
+_KEEPING = ("ByteLevel", "Metaspace", "Digits", "Split", "Punctuation")  # pre-tokenisers that drop nothing
 _PROBE = 8  # characters per token that exceeds() reads before it gives up on a text
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer. Immutable once made; every method may be called from any thread and none holds the interpreter for long."""
+    """A checkpoint's tokenizer. Immutable once made; every method may be called from any thread and none holds the
+    interpreter for long.
+    """
 
     def __init__(self, fast: PreTrainedTokenizerFast) -> None:
-        """Use `load`. Raises ValueError, one sentence, for a tokenizer that cannot be served."""
-        self._backend = _plain_copy(fast.backend_tokenizer)
+        """Use `load`; `fast` is ours from here on. Raises ValueError, one sentence, when it cannot be served."""
+        self._backend: Backend = fast.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = False
         self.vocabulary = Vocabulary(self._backend)
         added = self._backend.get_added_tokens_decoder()
-        self._added_ids = frozenset(added)
+        self._splitter = _only_added(self._backend)
+        self._cuts = {self._splitter.token_to_id(token.content): i for i, token in added.items()}
         self._controls = {
             token.content: i
             for i, token in added.items()
             if token.content.strip() and (token.special or _CONTROL_SHAPE.fullmatch(token.content))
         }
         self._anchor = f"\U0010fffe{secrets.token_hex(16)}"  # an added token for us alone: no client can spell it
-        self._text = _plain_copy(fast.backend_tokenizer, special=self._controls, anchor=self._anchor)
+        self._text = _text_only(self._backend, self._controls, self._anchor)
         self._anchor_id = self._text.token_to_id(self._anchor)
         self._unsafe = self._spelled_by_the_model()
+        # Tokens matched in normalised text, where another spelling may have become theirs. (Anything can be unknown.)
+        self._loose = {
+            i
+            for i in self._controls.values()
+            if added[i].normalized and i != fast.unk_token_id and self._backend.normalizer
+        }
         self._widest = self._bytes_per_token()
         self._template = ChatTemplate(fast)
         self._info = _describe(fast)
@@ -51,8 +69,11 @@ class Tokenizer:
         self.eos_id: int | None = fast.eos_token_id
 
     @classmethod
-    def load(cls, directory_or_id: str, *, revision: str | None = None, chat_template: str | None = None) -> "Tokenizer":
-        """From a directory or a Hugging Face id. `chat_template`: a Jinja file, or the template itself, in place of the checkpoint's.
+    def load(
+        cls, directory_or_id: str, *, revision: str | None = None, chat_template: str | None = None
+    ) -> "Tokenizer":
+        """From a directory or a Hugging Face id. `chat_template`: a Jinja file, or the template itself, in place of the
+        checkpoint's.
 
         Raises ValueError with one sentence.
         """
@@ -66,9 +87,11 @@ class Tokenizer:
         return self._template.present
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
-        """Token ids of plain text. `add_special_tokens`: with what the tokenizer puts around a text (often the begin token).
+        """Token ids of plain text. `add_special_tokens`: with what the tokenizer puts around a text (often the begin
+        token).
 
-        A text of more than `max_tokens` tokens is refused; one far longer, without tokenising all of it. Raises InvalidRequest.
+        A text of more than `max_tokens` tokens is refused; one far longer, without tokenising all of it. Raises
+        InvalidRequest.
         """
         if max_tokens is None:
             return self._encode_text(text, add_special_tokens)
@@ -89,10 +112,12 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
     ) -> list[int]:
-        """Token ids of a conversation in the model's chat format: what transformers' apply_chat_template gives for the same messages.
+        """Token ids of a conversation in the model's chat format: what transformers' apply_chat_template gives for the
+        same messages.
 
-        Contents may be strings, None, or lists of text parts. `template_kwargs` are further variables for the template. Raises
-        InvalidRequest when the template refuses the messages, and for more than `max_tokens` tokens, as `encode` does.
+        Contents may be strings, None, or lists of text parts. `template_kwargs` are further variables for the template.
+        Raises InvalidRequest when the template refuses the messages, and for more than `max_tokens` tokens, as `encode`
+        does.
         """
         masks = Masks(self._controls)
         given = masks.hide(
@@ -112,6 +137,10 @@ class Tokenizer:
         if max_tokens is not None and self.exceeds(rendered, max_tokens):
             raise _too_long(None, max_tokens, "messages")
         ids = self._encode_masked(rendered, masks) if masks else _ids(self._backend, rendered, False)
+        if self._loose and sum(i in self._loose for i in ids) > masks.count(rendered):
+            raise InvalidRequest(
+                "The messages hold text that would become a control token; remove it.", param="messages"
+            )
         if max_tokens is not None and len(ids) > max_tokens:
             raise _too_long(len(ids), max_tokens, "messages")
         return ids
@@ -139,7 +168,8 @@ class Tokenizer:
     def longest_text(self, max_tokens: int) -> int:
         """UTF-8 bytes (so characters, too) above which a text surely has more than `max_tokens` tokens.
 
-        Generous: a vocabulary may hold 128 spaces in one token. 2**63 - 1 when the tokenizer drops or merges text without bound.
+        Generous: a vocabulary may hold 128 spaces in one token. 2**63 - 1 when the tokenizer drops or merges text
+        without bound.
         """
         return 2**63 - 1 if self._widest is None else self._widest * max(max_tokens, 0)
 
@@ -159,7 +189,9 @@ class Tokenizer:
         return False
 
     def info(self) -> dict[str, Any]:
-        """What GET /tokenizer_info answers: the special tokens, the chat template and the class, in tokenizer_config.json's words."""
+        """What GET /tokenizer_info answers: the special tokens, the chat template and the class, in
+        tokenizer_config.json's words.
+        """
         return dict(self._info)
 
     def _encode_text(self, text: str, add_special_tokens: bool, *, inside: bool = False) -> list[int]:
@@ -172,34 +204,33 @@ class Tokenizer:
         return ids
 
     def _encode_masked(self, rendered: str, masks: Masks) -> list[int]:
-        """A rendered chat whose masks hide text. Added tokens cut a text into parts that are tokenised one by one anyway, so parts
-        with a mask are uncovered and tokenised again as plain text, and all else stays as the tokenizer gave it."""
-        encoding = self._backend.encode_batch([_valid(rendered)], add_special_tokens=False)[0]
-        ids, offsets = encoding.ids, encoding.offsets
-        result: list[int] = []
-        first, start = 0, 0  # token and character where the part begins
-        for i in [*(i for i, token in enumerate(ids) if token in self._added_ids), len(ids)]:
-            end = offsets[i][0] if i < len(ids) else len(rendered)
-            part = rendered[start:end]
-            shown = masks.show(part)
-            result += ids[first:i] if shown == part else self._encode_text(shown, False, inside=start > 0)
-            if i < len(ids):
-                result.append(ids[i])
-                first, start = i + 1, offsets[i][1]
-        return result
+        """A rendered chat whose masks hide text: first cut at the template's own added tokens, then uncovered.
+
+        A tokenizer works on what lies between added tokens part by part, so the rest is tokenised as it always is.
+        """
+        cuts = self._splitter.encode_batch([_valid(rendered)], add_special_tokens=False)[0]
+        ids: list[int] = []
+        start = 0
+        for cut, (begin, end) in zip(cuts.ids, cuts.offsets, strict=True):
+            if cut in self._cuts:
+                ids += self._encode_text(masks.show(rendered[start:begin]), False, inside=start > 0)
+                ids.append(self._cuts[cut])
+                start = end
+        return ids + self._encode_text(masks.show(rendered[start:]), False, inside=start > 0)
 
     def _spelled_by_the_model(self) -> re.Pattern[str] | None:
         """Special tokens that the model behind the tokenizer (Unigram, for one) would make of their plain spelling."""
         unsafe = [
             spelling
             for spelling, token in self._controls.items()
-            if len(spelling) > 1 and any(token in _ids(self._text, before + spelling, False) for before in ("", "a", " "))
+            if len(spelling) > 1
+            and any(token in _ids(self._text, before + spelling, False) for before in ("", "a", " "))
         ]
         return re.compile("|".join(map(re.escape, sorted(unsafe, key=len, reverse=True)))) if unsafe else None
 
     def _bytes_per_token(self) -> int | None:
         """The most bytes of text that one token can stand for; None when there is no bound."""
-        shrink = _most_shrinking(json.loads(self._backend.to_str()))
+        shrink = _most_shrinking(self._backend)
         if shrink is None or not self.vocabulary.spells_every_byte():
             return None
         return shrink * self.vocabulary.longest(without=self._controls.values())
@@ -224,26 +255,28 @@ def _valid(text: str) -> str:
     return text
 
 
-def _plain_copy(backend: Backend, *, special: Iterable[str] = (), anchor: str = "") -> Backend:
-    """A copy of our own that neither truncates nor pads. With `anchor`, it knows that as a token more, and special tokens as text."""
-    spec = json.loads(backend.to_str())
-    if anchor:
-        for token in spec["added_tokens"]:
-            token["special"] = token["special"] or token["content"] in special
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-        names = backend.get_vocab(with_added_tokens=True)
-        spec["added_tokens"].append({"id": max(names.values(), default=-1) + 1, "content": anchor, **flags})
-    copy: Backend = Backend.from_str(json.dumps(spec))
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = bool(anchor)
+def _only_added(backend: Backend) -> Backend:
+    """A tokenizer that knows nothing but the added tokens of `backend`, to cut a text where they are."""
+    splitter = Backend(WordLevel({_REST: 0}, unk_token=_REST))
+    if backend.normalizer is not None:
+        splitter.normalizer = backend.normalizer
+    splitter.add_tokens(list(backend.get_added_tokens_decoder().values()))
+    return splitter
+
+
+def _text_only(backend: Backend, controls: Iterable[str], anchor: str) -> Backend:
+    """A copy to which `controls` are text, and which knows `anchor` as a token more."""
+    copy: Backend = deepcopy(backend)
+    copy.add_special_tokens(list(controls))  # marks those that the checkpoint did not
+    copy.add_tokens([AddedToken(anchor, special=False, normalized=False)])
+    copy.encode_special_tokens = True
     return copy
 
 
-def _most_shrinking(spec: dict[str, Any]) -> int | None:
-    """How many times fewer bytes the normaliser of a tokenizer.json may leave; None when text may vanish without bound."""
+def _most_shrinking(backend: Backend) -> int | None:
+    """How many times fewer bytes than the text the pieces may have; None when text may vanish without bound."""
     factor = 1
-    for part in _parts(spec["normalizer"], "normalizers"):
+    for part in _steps(backend.normalizer, "normalizers"):
         match part:
             case {"type": "Prepend"}:
                 pass
@@ -253,33 +286,42 @@ def _most_shrinking(spec: dict[str, Any]) -> int | None:
                 factor *= 4  # a four-byte letter of a mathematical alphabet becomes one byte; a composition saves less
             case _:
                 return None
-    for part in _parts(spec["pre_tokenizer"], "pretokenizers"):
-        if part["type"] not in ("ByteLevel", "Metaspace", "Digits", "Split", "Punctuation") or part.get("behavior") == "Removed":
+    for part in _steps(backend.pre_tokenizer, "pretokenizers"):
+        if part["type"] not in _KEEPING or part.get("behavior") == "Removed":
             return None
-    if any(token["lstrip"] or token["rstrip"] for token in spec["added_tokens"] if not token["special"]):
+    if any((t.lstrip or t.rstrip) and not t.special for t in backend.get_added_tokens_decoder().values()):
         return None
     return factor
 
 
-def _parts(spec: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    if spec is None:
-        return []
-    return [part for each in spec[name] for part in _parts(each, name)] if spec["type"] == "Sequence" else [spec]
+def _steps(component: Any, name: str) -> list[dict[str, Any]]:
+    """The JSON of a normaliser or pre-tokeniser, with sequences flattened."""
+
+    def flat(spec: dict[str, Any]) -> list[dict[str, Any]]:
+        return [step for part in spec[name] for step in flat(part)] if spec["type"] == "Sequence" else [spec]
+
+    return [] if component is None else flat(json.loads(component.__getstate__()))
 
 
 def _load(source: str, revision: str | None) -> PreTrainedTokenizerFast:
     path = Path(source).expanduser()
     if not path.is_dir() and (source.count("/") > 1 or source.startswith(("/", ".", "~"))):
         raise ValueError(f"There is no directory {source}; give a checkpoint's directory or its Hugging Face id.")
-    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if path.is_dir() and not any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
         raise ValueError(f"{source} holds no tokenizer.json; point to a directory with all of the checkpoint's files.")
     try:
-        fast = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else source, revision=revision, trust_remote_code=False)
+        fast = AutoTokenizer.from_pretrained(
+            str(path) if path.is_dir() else source, revision=revision, trust_remote_code=False
+        )
     except Exception as error:  # whatever the many loaders of transformers raise, the user needs one sentence
         reason = str(error).strip().partition("\n")[0].rstrip(".")[:200]
         raise ValueError(f"The tokenizer of {source} cannot be loaded: {reason}.") from error
     if not isinstance(fast, PreTrainedTokenizerFast) or not fast.backend_tokenizer.get_vocab_size():
-        raise ValueError(f"{source} has no fast tokenizer; add its tokenizer.json, which transformers can convert from the other files.")
+        raise ValueError(
+            f"{source} has no fast tokenizer; add its tokenizer.json, which transformers can make of the other files."
+        )
     return fast
 
 
@@ -289,7 +331,9 @@ def _read_template(template: str) -> str:
     try:
         return Path(template).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"The chat template {template} cannot be read; give a Jinja file or the template itself.") from error
+        raise ValueError(
+            f"The chat template {template} cannot be read; give a Jinja file or the template itself."
+        ) from error
 
 
 def _describe(fast: PreTrainedTokenizerFast) -> dict[str, Any]:

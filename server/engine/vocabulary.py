@@ -1,8 +1,8 @@
 """What every token stands for: its bytes, and how a tokenizer's decoder puts pieces together.
 
-A decoder of the `tokenizers` library works on all tokens of an answer at once. Here it is read once, at start, into a table from token
-to bytes and a few rules about the beginning of the text, so that text can be streamed at a constant cost per token and without ever
-taking back what was sent.
+A decoder of the `tokenizers` library works on all tokens of an answer at once. Here it is read once, at start, into a
+table from token to bytes and a few rules about the beginning of the text, so that text can be streamed at a constant
+cost per token and without ever taking back what was sent.
 """
 
 import json
@@ -20,10 +20,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class DecoderRules:
     """A decoder of the `tokenizers` library, as far as models that write text use them.
 
-    `replacements` are applied inside each token. `byte_level`: tokens spell bytes in GPT-2's alphabet. `byte_fallback`: tokens such as
-    `<0xE4>` are single bytes. `strip`: how many `strip_char` are taken from the beginning of the whole text. `first_drops`: a character
-    that the first token loses. `word_prefix` and `word_marker`: what goes before every token but the first, and the prefix that marks a
-    token that continues a word instead.
+    `replacements` are applied inside each token. `byte_level`: tokens spell bytes in GPT-2's alphabet. `byte_fallback`:
+    tokens such as `<0xE4>` are single bytes. `strip`: how many `strip_char` are taken from the beginning of the whole
+    text. `first_drops`: a character that the first token loses. `word_prefix` and `word_marker`: what goes before every
+    token but the first, and the prefix that marks a token that continues a word instead.
     """
 
     byte_level: bool = False
