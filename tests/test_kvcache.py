@@ -99,11 +99,12 @@ def test_tables_grow_into_ascending_neighbours() -> None:
 
 def test_a_run_goes_as_far_as_it_can_and_goes_on_in_the_longest_free_runs() -> None:
     pool = make_pool(32)
-    pages = pool.take(32)
-    pool.release(np.array([4, 5, 8, 9, 10, 20, 21, 22, 23], dtype=np.int32))
-    assert pool.take(4, after=3).tolist() == [4, 5, 22, 23]  # a long run is entered in its middle
-    assert pool.take(5).tolist() == [8, 9, 10, 20, 21]
-    assert (pool.num_free, pool.num_owned) == (0, len(pages))
+    pool.take(32)
+    pool.release(np.array([4, 5, 8, 9, 14, 20, 21, 22, 23, 24, 25], dtype=np.int32))
+    assert pool.take(5, after=3).tolist() == [4, 5, 23, 24, 25]  # a long run is entered in its middle
+    assert pool.take(4).tolist() == [8, 20, 21, 22]
+    assert pool.take(2).tolist() == [9, 14]
+    assert (pool.num_free, pool.num_owned) == (0, 32)
 
 
 @given(data=st.data())
@@ -168,6 +169,18 @@ def test_growing_and_trimming_follow_the_rules() -> None:
     cache.drop(table)
     cache.audit()
     assert (table.length, table.pages, cache.available()) == (0, [[], []], cache.capacity)
+
+
+def test_of_the_pages_released_together_the_deepest_is_evicted_first() -> None:
+    cache = make_cache()
+    table = cache.table((ALL, STREAM), b"")
+    cache.grow(table, 24)
+    streamed = table.pages[1]
+    cache.seal(table, range(24))
+    cache.trim(table)
+    assert list(cache.pools[1].cached_pages()) == streamed[3:0:-1]
+    cache.drop(table)
+    assert list(cache.pools[1].cached_pages()) == [*streamed[3:0:-1], *streamed[5:3:-1], streamed[0]]
 
 
 def test_growing_is_all_or_nothing() -> None:
@@ -315,3 +328,17 @@ def test_the_audit_finds_a_table_that_was_lost() -> None:
     gc.collect()
     with pytest.raises(AssertionError, match="1 references, but 0 tables name it"):
         cache.audit()
+
+
+@pytest.mark.gpu
+def test_views_on_a_gpu_equal_those_on_the_host() -> None:
+    caches = [make_cache(device=device) for device in ("cpu", "cuda")]
+    seen = []
+    for cache in caches:
+        tables = [cache.table((ALL, STREAM), b""), cache.table((STREAM, ALL), b"other")]
+        for table, length in zip(tables, (30, 7), strict=True):
+            advance(cache, table, length)
+        seen.append([kv for layer in range(2) for kv in cache.views(tables).layer(layer)])
+    for host, gpu in zip(*seen, strict=True):
+        for name in ("table", "length", "heads", "sink", "window"):
+            assert getattr(gpu, name).is_cuda and torch.equal(getattr(host, name), getattr(gpu, name).cpu())

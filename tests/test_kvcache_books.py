@@ -41,6 +41,7 @@ class Life:
     branch: int
     variant: int
     computed: int = 0
+    offered: int = 0  # pages that were sealed; each is offered to the index once
     pages: list[list[Page | None]] = field(default_factory=lambda: [[] for _ in GROUPS])
 
     def tokens(self, count: int) -> list[int]:
@@ -56,7 +57,7 @@ class Life:
 class Books(RuleBasedStateMachine):
     """The model knows pages as objects, looks everything up by walking over it, and evicts from a plain list."""
 
-    @initialize(num_pages=st.tuples(*[st.integers(4, 24)] * 3))
+    @initialize(num_pages=st.tuples(*[st.integers(8, 20)] * 3))
     def start(self, num_pages: tuple[int, ...]) -> None:
         self.cache = KVCache(GROUPS, num_pages, ratio=1, head_dim=1, dtype=torch.float32, page_size=PAGE)
         self.lives: list[Life] = []
@@ -77,15 +78,18 @@ class Books(RuleBasedStateMachine):
 
     @rule(
         point=st.integers(0, 2),
-        salt=st.sampled_from([b"", b"x"]),
-        branch=st.integers(0, 40),
+        salt=st.sampled_from([b"", b"", b"", b"salt"]),
+        branch=st.sampled_from([0, 13, 24, 60]),
         variant=st.integers(2, 3),
-        prompt=st.integers(1, 50),
+        prompt=st.integers(1, 60),
+        chunk=st.sampled_from([0, 8, 60]),
     )
-    def arrive(self, point: int, salt: bytes, branch: int, variant: int, prompt: int) -> None:
+    def arrive(self, point: int, salt: bytes, branch: int, variant: int, prompt: int, chunk: int) -> None:
         life = Life(self.cache.table(POINTS[point], salt), point, salt, branch, variant)
         self.lives.append(life)
         self.attach(life, prompt)
+        self.grow(life, min(chunk, prompt - life.computed))
+        self.compute([life], trims=True)
 
     def attach(self, life: Life, prompt: int) -> None:
         hit = self.cache.attach(life.table, life.tokens(prompt), prompt - 1)
@@ -95,6 +99,7 @@ class Books(RuleBasedStateMachine):
             if all(life.key(page) in index for index, need in zip(self.index, needs, strict=True) for page in need):
                 best, life.computed = needs, pages * PAGE
         assert hit == life.table.length == life.computed
+        life.offered = hit // PAGE
         for group, need in enumerate(best):
             for page in range(hit // PAGE):
                 found = self.index[group][life.key(page)] if page in need else None
@@ -103,9 +108,18 @@ class Books(RuleBasedStateMachine):
                 life.pages[group].append(found)
 
     @precondition(lambda self: self.lives)
-    @rule(data=st.data(), tokens=st.integers(0, 30))
-    def grow(self, data: st.DataObject, tokens: int) -> None:
-        life = data.draw(st.sampled_from(self.lives))
+    @rule(
+        data=st.data(), computes=st.sampled_from([True, True, True, False]), trims=st.sampled_from([True, True, False])
+    )
+    def step(self, data: st.DataObject, computes: bool, trims: bool) -> None:
+        """Some sequences grow where there is room. Then the step is computed, or left hanging as when it fails."""
+        step = data.draw(st.lists(st.sampled_from(self.lives), unique=True, min_size=1))
+        for life in step:
+            self.grow(life, data.draw(st.integers(0, 30)))
+        if computes:
+            self.compute(step, trims)
+
+    def grow(self, life: Life, tokens: int) -> None:
         more = -(-(life.table.length + tokens) // PAGE) - len(life.pages[0])
         fits = all(more <= self.free(group) + len(self.cached[group]) for group in range(len(GROUPS)))
         assert self.cache.can_grow(life.table, tokens) == fits
@@ -119,11 +133,7 @@ class Books(RuleBasedStateMachine):
                 del self.index[group][cached.pop(0).key]
             life.pages[group] += [Page() for _ in range(more)]
 
-    @precondition(lambda self: self.lives)
-    @rule(data=st.data(), trims=st.booleans())
-    def compute(self, data: st.DataObject, trims: bool) -> None:
-        """Sequences that have grown, several at once, are computed, sealed and mostly trimmed."""
-        step = data.draw(st.lists(st.sampled_from(self.lives), unique=True, min_size=1))
+    def compute(self, step: list[Life], trims: bool) -> None:
         views = self.cache.views([life.table for life in step])
         for layer in range(2):
             for kv in views.layer(layer):
@@ -136,24 +146,26 @@ class Books(RuleBasedStateMachine):
             length = life.computed = life.table.length
             self.cache.seal(life.table, life.tokens(length + 1))
             for group, index in enumerate(self.index):
-                for number, page in enumerate(life.pages[group][: length // PAGE]):
-                    if page is not None and page.key is None and life.key(number) not in index:
+                for number in range(life.offered, length // PAGE):
+                    page = life.pages[group][number]
+                    if page is not None and life.key(number) not in index:
                         page.key = life.key(number)
                         index[page.key] = page
+            life.offered = length // PAGE
             if trims:
                 self.cache.trim(life.table)
                 for group, keep in enumerate(POINTS[life.point]):
                     self.let_go(life, group, list(keep.released(length, PAGE)))
 
     @precondition(lambda self: self.lives)
-    @rule(data=st.data(), returns=st.booleans(), prompt=st.integers(1, 50))
+    @rule(data=st.data(), returns=st.booleans(), prompt=st.integers(1, 60))
     def drop(self, data: st.DataObject, returns: bool, prompt: int) -> None:
         """Finished, cancelled before its step was computed, or preempted and back at once."""
         life = data.draw(st.sampled_from(self.lives))
         self.cache.drop(life.table)
         for group in range(len(GROUPS)):
             self.let_go(life, group, list(range(len(life.pages[group]))))
-        life.pages, life.computed = [[] for _ in GROUPS], 0
+        life.pages, life.computed, life.offered = [[] for _ in GROUPS], 0, 0
         if returns:
             self.attach(life, prompt)
         else:
@@ -163,7 +175,6 @@ class Books(RuleBasedStateMachine):
     def clear_prefixes(self) -> None:
         self.cache.clear_prefixes()
         for group, index in enumerate(self.index):
-            # Owned pages stay sealed without a key: they are not entered a second time.
             for page in index.values():
                 page.key = None
             index.clear()
@@ -203,4 +214,4 @@ class Books(RuleBasedStateMachine):
 
 
 TestBooks = Books.TestCase
-TestBooks.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestBooks.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)

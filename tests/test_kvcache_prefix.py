@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.kernels.layout import NULL_PAGE
@@ -102,20 +102,22 @@ def test_a_long_chain_is_hashed_only_as_far_as_it_is_found() -> None:
     assert len(chain.keys) < 1000
 
 
+@settings(max_examples=300)
 @given(
-    groups=st.lists(st.tuples(rules, st.lists(st.booleans(), min_size=14, max_size=14)), min_size=1, max_size=3),
-    limit=st.integers(0, 14 * PAGE),
+    groups=st.lists(st.tuples(rules, st.sets(st.integers(0, 13), max_size=3)), min_size=1, max_size=3),
+    limit=st.integers(4 * PAGE, 14 * PAGE),
 )
 def test_the_reuse_point_is_the_longest_that_every_rule_allows(
-    groups: list[tuple[Retention, list[bool]]], limit: int
+    groups: list[tuple[Retention, set[int]]], limit: int
 ) -> None:
+    """Groups with some pages missing."""
     tokens = list(range(14 * PAGE))
     keys = HashChain(b"", PAGE).extend(tokens, 14)
     indexes = []
-    for _, present in groups:
+    for _, missing in groups:
         index = PrefixIndex()
         for page in range(14):
-            if present[page]:
+            if page not in missing:
                 index.enter(keys[page], page)
         indexes.append(index)
 
@@ -123,8 +125,8 @@ def test_the_reuse_point_is_the_longest_that_every_rule_allows(
         """Every key that the first new query sees is there."""
         query = pages * PAGE
         return all(
-            present[key // PAGE]
-            for rule, present in groups
+            key // PAGE not in missing
+            for rule, missing in groups
             for key in range(query)
             if key > query - rule.window or key < rule.sink
         )
@@ -315,3 +317,14 @@ def test_shared_pages_are_not_written_by_sequences_that_go_on() -> None:
     for table, branch in zip(tables, branches, strict=True):
         assert table.pages[0][:6] == first.pages[0]
         check(cache, table, branch)
+
+
+def test_pages_released_before_they_were_sealed_are_not_found() -> None:
+    cache, tokens = make_cache(), list(range(24))
+    table = cache.table(BOTH, b"")
+    cache.grow(table, 24)
+    cache.trim(table)
+    cache.seal(table, tokens)
+    cache.audit()
+    assert [len(pool.index) for pool in cache.pools] == [6, 3]
+    assert cache.attach(cache.table(BOTH, b""), tokens, 23) == 4

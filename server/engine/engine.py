@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from gossamer import __version__
 from gossamer.attention.policy import AttentionPolicy, OperatingPoint
 from gossamer.kvcache.cache import KVCache
-from gossamer.kvcache.groups import HeadGroup
 from gossamer.kvcache.retention import Retention
 from gossamer.server.engine.choice import Choice
 from gossamer.server.engine.inflight import InFlight
@@ -112,13 +111,13 @@ class Engine:
     def stats(self) -> EngineStats:
         rules = tuple(
             RuleStats(
-                rule=_rule_name(group, self._policy),
+                rule=pool.rule,
                 pages=pool.pages,
                 pages_owned=pool.pages_owned,
                 pages_cached=pool.pages_cached,
                 bytes_per_page=pool.bytes_per_page,
             )
-            for group, pool in zip(self.cache.groups, self.cache.stats(), strict=True)
+            for pool in self.cache.stats()
         )
         scheduler = self._loop.scheduler
         return EngineStats(
@@ -213,13 +212,6 @@ class Engine:
             self._eos_ids,
             self.model.max_model_len,
         )
-
-
-def _rule_name(group: HeadGroup, policy: AttentionPolicy) -> str:
-    """What the group's heads keep; at every operating point, where these differ."""
-    layer, heads = group.slots[0]
-    names = dict.fromkeys(point.heads[layer][heads[0]].keep.name for point in policy.points)
-    return "/".join(names)
 
 
 __all__ = ["Engine", "ModelCard", "RequestError", "Ticket"]
