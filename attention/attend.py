@@ -39,7 +39,8 @@ def attend(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module of transformers has one
+    layer = module.layer_idx  # every attention module of transformers has one
+    assert isinstance(layer, int)
     for group, kv in enumerate(step.views.layer(layer)):
         for blocks in step.blocks:
             store(k, v, kv, blocks)

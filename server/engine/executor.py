@@ -22,6 +22,7 @@ class Outcome:
 
     sampled: dict[Sequence, Sampled]
     model_seconds: float
+    not_finite: frozenset[Sequence] = frozenset()  # whose prompts cannot be scored
 
 
 @dataclass(slots=True)
@@ -45,8 +46,7 @@ class Executor:
         began = time.monotonic()
         logits = self.model.forward(inputs[0], inputs[1], step, torch.tensor(rows, device=device))
         seconds = time.monotonic() - began
-        for part, first in scoring:
-            self._score(part, logits[first : first + part.new])
+        not_finite = {part.sequence for part, at in scoring if not self._score(part, logits[at : at + part.new])}
         sampled: dict[Sequence, Sampled] = {}
         if sampling:
             chosen = (
@@ -56,7 +56,7 @@ class Executor:
             )
             results = self.sampler.sample(chosen, [part.sequence.row for part, _ in sampling])
             sampled = {part.sequence: result for (part, _), result in zip(sampling, results, strict=True)}
-        return Outcome(sampled, seconds)
+        return Outcome(sampled, seconds, frozenset(not_finite))
 
     def _rows(self, parts: Items[Part]) -> tuple[list[int], list[tuple[Part, int]], list[tuple[Part, int]]]:
         """Token rows whose logits are needed; then (part, its row among them) to sample, and to score the prompt with."""
@@ -75,16 +75,21 @@ class Executor:
             token += part.new
         return rows or [token - 1], sampling, scoring
 
-    def _score(self, part: Part, logits: Tensor) -> None:
-        """Log-probabilities of the prompt tokens that follow the part's positions, into the sequence."""
+    def _score(self, part: Part, logits: Tensor) -> bool:
+        """Log-probabilities of the prompt tokens that follow the part's positions, into the sequence. False when they
+        are not finite."""
         sequence, top = part.sequence, part.sequence.request.prompt_logprobs
         assert top is not None
         known: list[TokenLogprob | None] = sequence.prompt_logprobs or [None]
         skip = len(known) - 1 - part.first  # positions scored before a preemption
         stop = min(part.first + part.new, sequence.prompt_length - 1)
         wanted = sequence.tokens[part.first + skip + 1 : stop + 1]
-        known.extend(self.sampler.prompt_logprobs(logits[skip : skip + len(wanted)], wanted, top))
+        try:
+            known.extend(self.sampler.prompt_logprobs(logits[skip : skip + len(wanted)], wanted, top))
+        except ValueError:
+            return False
         sequence.prompt_logprobs = known
+        return True
 
 
 def _positions(spans: Items[Span]) -> list[int]:

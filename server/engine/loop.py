@@ -8,10 +8,11 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from gossamer.server.engine.admission import QueueLoad
+from gossamer.server.engine.choice import NOT_FINITE
 from gossamer.server.engine.executor import Executor, Outcome
 from gossamer.server.engine.inflight import InFlight
 from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
-from gossamer.server.engine.request import FinishReason, Progress, Started
+from gossamer.server.engine.request import Event, FinishReason, Progress, Started
 from gossamer.server.engine.scheduler import Part, Scheduler
 from gossamer.server.engine.sequence import Sequence
 
@@ -182,23 +183,39 @@ class Loop:
         now = time.monotonic()
         for part in parts:
             sequence = part.sequence
+            if sequence.ended:
+                continue  # with another choice of its request, just now
             flight = self._open[sequence.request.id]
+            if sequence in outcome.not_finite:
+                self._break_off(flight, NOT_FINITE)
+                continue
             if not part.samples:
                 if not flight.started:
-                    flight.publish(Progress(computed=part.first + part.new, total=sequence.prompt_length))
+                    self._send(flight, Progress(computed=part.first + part.new, total=sequence.prompt_length))
                 continue
             if not flight.started:
                 flight.started = True
                 self._prompt_done(flight)
                 scored = tuple(sequence.prompt_logprobs) if sequence.request.prompt_logprobs is not None else None
-                flight.publish(Started(cached_tokens=sequence.cached, prompt_logprobs=scored))
-            choice = flight.choices[sequence]
+                self._send(flight, Started(cached_tokens=sequence.cached, prompt_logprobs=scored))
+            choice = flight.choices.get(sequence)
+            if choice is None:
+                continue  # the callback failed
             sampled = outcome.sampled.get(sequence)
             delta = choice.finish_empty() if sampled is None else choice.accept(sampled)
             self._note_token(flight, sequence, now)
             if delta.finish_reason is not None:
                 self._end(flight, sequence, delta.finish_reason)
-            flight.publish(delta)
+            self._send(flight, delta)
+
+    def _send(self, flight: InFlight, event: Event) -> None:
+        """Publish. A request whose callback fails is dropped, as if it had been cancelled, and nobody else notices."""
+        try:
+            flight.publish(event)
+        except Exception:
+            _log.exception("publishing to request %s failed; the request is dropped", flight.request.id)
+            for sequence in list(flight.choices):
+                self._end(flight, sequence, "abort")
 
     def _note_token(self, flight: InFlight, sequence: Sequence, now: float) -> None:
         if sequence.first_token_at is None:
@@ -220,8 +237,9 @@ class Loop:
     def _break_off(self, flight: InFlight, message: str) -> None:
         """End every open choice of a request with an error."""
         for sequence, choice in list(flight.choices.items()):
-            self._end(flight, sequence, "error")
-            flight.publish(choice.fail(message))
+            if not sequence.ended:
+                self._end(flight, sequence, "error")
+                self._send(flight, choice.fail(message))
 
     def _end_all(self, message: str) -> None:
         for flight in list(self._open.values()):

@@ -221,13 +221,9 @@ def _record(
     **kw: Any,
 ) -> tuple[Tensor, None]:
     """An attention function that notes how it was called."""
-    seen[int(module.layer_idx)] = (
-        query.shape[1],
-        key.shape[1],
-        query.shape[3],
-        value.shape[3],
-        kw.get("sliding_window"),
-    )  # type: ignore[arg-type]
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    seen[layer] = (query.shape[1], key.shape[1], query.shape[3], value.shape[3], kw.get("sliding_window"))
     return torch.zeros_like(query).transpose(1, 2), None
 
 
@@ -261,9 +257,7 @@ def _generation_defaults(
     except Exception as error:
         file = Path(path) / "generation_config.json"
         if file.exists() or not isinstance(error, OSError):
-            raise StartupError(
-                f"{file} cannot be used ({_first_line(error)}); copy it again, or remove it."
-            ) from error
+            raise StartupError(f"{file} cannot be used ({_first_line(error)}); copy it again, or remove it.") from error
         generation = GenerationConfig.from_model_config(config)
     eos = generation.eos_token_id if generation.eos_token_id is not None else getattr(config, "eos_token_id", None)
     ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(i) for i in eos)

@@ -1,0 +1,255 @@
+"""`attend` over a real cache: groups of heads, operating points and chunk sizes, against the definition in float64."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gossamer.attention.attend import attend
+from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
+from gossamer.attention.selectors import Dense, Proposal, Selector, SinkRecent
+from gossamer.attention.step import TILE_ROWS, Span, plan_step
+from gossamer.kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks
+from gossamer.kvcache.cache import KVCache
+from gossamer.kvcache.groups import group_heads
+from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
+
+RATIO, DIM, KV_HEADS = 2, 32, 4
+TILE = TILE_ROWS // RATIO
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Proposes nothing at all."""
+
+    reads_tensors: ClassVar[bool] = False
+
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Proposal:
+        return Proposal(torch.zeros(kv.heads.numel(), len(blocks), kv.table.shape[1], dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class Multiples:
+    """Single tokens: every `step`-th. Notes for which heads it was asked."""
+
+    step: int
+    reads_tensors: ClassVar[bool] = True
+    asked: list[list[int]] = field(default_factory=list, compare=False)
+
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Proposal:
+        self.asked.append(kv.heads.tolist())
+        shape = kv.heads.numel(), len(blocks)
+        tokens = torch.arange(0, kv.table.shape[1] * PAGE_SIZE, self.step, dtype=torch.int32)
+        none = torch.zeros(*shape, kv.table.shape[1], dtype=torch.bool)
+        return Proposal(none, tokens.expand(*shape, -1).contiguous())
+
+
+@dataclass(frozen=True)
+class CountedDense(Dense):
+    """Dense, and counts how often it was asked."""
+
+    asked: list[int] = field(default_factory=list, compare=False)
+
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Proposal:
+        self.asked.append(len(blocks))
+        return Dense.propose(self, q, kv, blocks)
+
+
+def reads(selector: Selector, pos: int, key: int, tile: int) -> bool:
+    """Whether a selector's definition, with what build_index adds to it, has the query at `pos` read `key`."""
+    origin, page = pos // tile * tile, key // PAGE_SIZE
+    if page == 0 or page >= origin // PAGE_SIZE:
+        return True
+    match selector:
+        case SinkRecent(sink, recent):
+            return page * PAGE_SIZE < sink or (page + 1) * PAGE_SIZE > origin + 1 - recent
+        case Nothing():
+            return False
+        case Multiples(step=step):
+            return key % step == 0
+        case _:
+            return True
+
+
+@dataclass
+class Life:
+    """A sequence with made-up queries, keys and values of its whole length."""
+
+    length: int
+    prompt: int
+    point: OperatingPoint
+    seed: int
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        self.q = torch.randn(self.length, KV_HEADS * RATIO, DIM, generator=generator)
+        self.k, self.v = (torch.randn(self.length, KV_HEADS, DIM, generator=generator) for _ in range(2))
+        self.out = torch.full_like(self.q, math.nan)
+
+    def right(self, layer: int, *, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
+        """[T, H, D] float64, one query head at a time."""
+        out = torch.empty(self.q.shape, dtype=torch.float64)
+        for head, policy in enumerate(self.point.heads[layer]):
+            mask = torch.zeros(self.length, self.length, dtype=torch.bool)
+            for pos in range(self.length):
+                selector, tile = (policy.prefill, TILE) if pos < self.prompt else (policy.decode, 1)
+                sink, window = policy.keep.sink, policy.keep.window
+                mask[pos, : pos + 1] = torch.tensor(
+                    [reads(selector, pos, key, tile) and (key > pos - window or key < sink) for key in range(pos + 1)]
+                )
+            for query_head in range(head * RATIO, (head + 1) * RATIO):
+                scores = self.q[:, query_head].double() @ self.k[:, head].double().T * DIM**-0.5
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                scores = scores.masked_fill(~mask, -math.inf)
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[query_head].double().expand(self.length, 1)], 1)
+                weights = scores.softmax(1)[:, : self.length]
+                out[:, query_head] = weights @ self.v[:, head].double()
+        return out
+
+
+def run(
+    policy: AttentionPolicy,
+    lives: Sequence[Life],
+    chunk: Callable[[], int],
+    *,
+    layer: int = 0,
+    together: bool = True,
+    **options: Any,
+) -> list[Tensor]:
+    """Compute all sequences in steps whose chunks are as long as `chunk` says; the outputs, [T, H, D] each."""
+    groups = group_heads(policy.rules())
+    cache = KVCache(groups, [100] * len(groups), ratio=RATIO, head_dim=DIM, dtype=torch.float32)
+    layers = range(len(policy.points[0].heads))
+    modules = [nn.Module() for _ in layers]
+    for number, module in enumerate(modules):
+        module.layer_idx = number  # type: ignore[assignment]
+    outs = [torch.full_like(life.q, math.nan) for life in lives]
+    for batch in [list(range(len(lives)))] if together else [[i] for i in range(len(lives))]:
+        tables = {i: cache.table([p[0].keep for p in group_policies(policy, lives[i].point)], b"") for i in batch}
+        while left := [i for i in batch if tables[i].length < lives[i].length]:
+            spans, tokens = [], dict[int, slice]()
+            for i in left:
+                first, new = tables[i].length, min(chunk(), lives[i].length - tables[i].length)
+                cache.grow(tables[i], new)
+                spans.append(Span(first, new, lives[i].prompt))
+                tokens[i] = slice(first, first + new)
+            step = plan_step(spans, cache.views([tables[i] for i in left]), [lives[i].point for i in left], RATIO)
+            q, k, v = (
+                torch.cat([getattr(lives[i], name)[tokens[i]] for i in left]).transpose(0, 1)[None] for name in "qkv"
+            )
+            for number, module in enumerate(modules):
+                out, _ = attend(module, q, k, v, None, step=step, scaling=DIM**-0.5, **options)
+                if number == layer:
+                    for i, part in zip(left, out[0].split([span.new for span in spans]), strict=True):
+                        outs[i][tokens[i]] = part
+            for i in left:
+                cache.trim(tables[i])
+            cache.audit()
+        for table in tables.values():
+            cache.drop(table)
+    return outs
+
+
+def group_policies(policy: AttentionPolicy, point: OperatingPoint) -> list[list[HeadPolicy]]:
+    groups = group_heads(policy.rules())
+    return [[point.heads[layer][head] for layer, heads in group.slots for head in heads] for group in groups]
+
+
+def uniform(name: str, *heads: HeadPolicy, layers: int = 1) -> OperatingPoint:
+    return OperatingPoint(name, (heads,) * layers)
+
+
+STREAMING = HeadPolicy(Dense(), Dense(), KeepSinkRecent(3, 90))
+WINDOWED = HeadPolicy(SinkRecent(10, 60), SinkRecent(64, 65), KeepSinkRecent(70, 100))
+SPARSE = HeadPolicy(SinkRecent(65, 30), SinkRecent(1, 1), KeepAll())
+LOOSE = HeadPolicy(Multiples(7), Multiples(5), KeepAll())
+EMPTY = HeadPolicy(Nothing(), Nothing(), KeepAll())
+
+MIXED = AttentionPolicy(
+    "mixed",
+    (
+        uniform("exact", DENSE, DENSE, DENSE, DENSE),
+        uniform("fast", SPARSE, STREAMING, STREAMING, DENSE),
+        uniform("odd", EMPTY, WINDOWED, STREAMING, LOOSE),
+    ),
+)
+
+
+def mixed_lives() -> list[Life]:
+    exact, fast, odd = MIXED.points
+    lengths = ((70, 60, exact), (300, 290, fast), (230, 150, odd), (20, 20, odd), (260, 255, exact), (129, 100, fast))
+    return [Life(length, prompt, point, seed) for seed, (length, prompt, point) in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def right() -> list[Tensor]:
+    return [life.right(0) for life in mixed_lives()]
+
+
+@pytest.mark.parametrize("chunk", [1000, 37])
+@pytest.mark.parametrize("together", [True, False])
+def test_every_head_reads_what_its_policy_says(chunk: int, together: bool, right: list[Tensor]) -> None:
+    """Three groups of heads, three operating points in one batch, prompt and generated tokens in one span."""
+    outs = run(MIXED, mixed_lives(), lambda: chunk, together=together)
+    for out, expected in zip(outs, right, strict=True):
+        torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_chunks_of_any_length(right: list[Tensor]) -> None:
+    rng = random.Random(1)
+    outs = run(MIXED, mixed_lives(), lambda: rng.choice([1, 1, 2, 31, 65, 130]))
+    for out, expected in zip(outs, right, strict=True):
+        torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_softcap_and_sinks_reach_the_kernels() -> None:
+    policy = AttentionPolicy("p", (uniform("fast", SPARSE, STREAMING, DENSE, LOOSE),))
+    lives = [Life(200, 150, policy.points[0], 5)]
+    sinks = torch.linspace(-1, 2, KV_HEADS * RATIO)
+    (out,) = run(policy, lives, lambda: 50, softcap=3.0, s_aux=sinks)
+    torch.testing.assert_close(out.double(), lives[0].right(0, softcap=3.0, sinks=sinks), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1000, 50])
+def test_everything_selected_equals_dense(chunk: int) -> None:
+    """To the last bit with whole pages; nearly with single tokens, which are read in another order."""
+    everything = SinkRecent(2**20, 2**20)
+    answers = []
+    for selector in (Dense(), everything, Multiples(1)):
+        head = HeadPolicy(selector, selector, KeepAll())
+        policy = AttentionPolicy("p", (uniform("all", *[head] * KV_HEADS),))
+        lives = [Life(n, n - 5, policy.points[0], n) for n in (40, 200, 250)]
+        answers.append(run(policy, lives, lambda: chunk))
+    for dense, pages, tokens in zip(*answers, strict=True):
+        assert torch.equal(dense, pages)
+        torch.testing.assert_close(dense, tokens, atol=2e-6, rtol=2e-5)
+
+
+def test_positions_alone_are_asked_once_for_all_layers() -> None:
+    """One index serves every layer whose heads ask the same; a selector that reads tensors is asked layer by layer."""
+    counted = CountedDense()
+    head = HeadPolicy(counted, counted, KeepAll())
+    policy = AttentionPolicy("p", (uniform("all", *[head] * KV_HEADS, layers=3),))
+    run(policy, [Life(40, 40, policy.points[0], 0)], lambda: 100)
+    assert counted.asked == [1]
+    loose = Multiples(3)
+    head = HeadPolicy(loose, loose, KeepAll())
+    policy = AttentionPolicy("p", (uniform("all", DENSE, head, head, DENSE, layers=3),))
+    run(policy, [Life(40, 40, policy.points[0], 0)], lambda: 100)
+    assert loose.asked == [[1, 2]] * 3
+
+
+def test_layers_that_ask_different_things_do_not_share() -> None:
+    point = OperatingPoint("all", ((DENSE,) * 4, (SPARSE,) * 4, (DENSE, SPARSE, SPARSE, DENSE)))
+    policy = AttentionPolicy("p", (point,))
+    for layer in range(3):
+        lives = [Life(200, 190, point, 9)]
+        (out,) = run(policy, lives, lambda: 80, layer=layer)
+        torch.testing.assert_close(out.double(), lives[0].right(layer), atol=2e-5, rtol=2e-5)
