@@ -71,7 +71,7 @@ def _selectors(policies: Sequence[HeadPolicy], heads: Sequence[int], blocks: Que
 def _propose(
     q: Tensor, kv: PagedKV, blocks: QueryBlocks, step: Step, asked: Mapping[OperatingPoint, tuple[Selector, ...]]
 ) -> Proposal:
-    """Ask each selector about its own heads and blocks. Most steps have one operating point, most layers one selector."""
+    """Ask each selector about its own heads and blocks. Most layers have one selector."""
     if len(selectors := {selector for row in asked.values() for selector in row}) == 1:
         return selectors.pop().propose(q, kv, blocks)
     parts: list[tuple[slice, list[int], Proposal]] = []

@@ -60,7 +60,10 @@ class AttentionPolicy:
         """[layer][kv_head], the head's retention rule at every point: heads with equal entries can share pages."""
         layers = range(len(self.points[0].heads))
         return [
-            [tuple(point.heads[layer][head].keep for point in self.points) for head in range(len(self.points[0].heads[layer]))]
+            [
+                tuple(point.heads[layer][head].keep for point in self.points)
+                for head in range(len(self.points[0].heads[layer]))
+            ]
             for layer in layers
         ]
 
@@ -90,7 +93,8 @@ def within_windows(policy: AttentionPolicy, windows: Sequence[int | None]) -> At
             OperatingPoint(
                 point.name,
                 tuple(
-                    tuple(fit(head, window) for head in heads) for heads, window in zip(point.heads, windows, strict=True)
+                    tuple(fit(head, window) for head in heads)
+                    for heads, window in zip(point.heads, windows, strict=True)
                 ),
             )
             for point in policy.points

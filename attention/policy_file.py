@@ -1,4 +1,4 @@
-"""The policy file: YAML, one per model, read by people. docs/policies.md describes it; the classes here are its schema."""
+"""The policy file: YAML, one per model, for people. docs/policies.md describes it; the classes here are its schema."""
 
 import re
 from collections.abc import Sequence
@@ -110,7 +110,9 @@ class PolicyFile(_Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     model: ModelEntry
     provenance: Provenance
-    points: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")], PointEntry] = Field(min_length=1, max_length=16)
+    points: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")], PointEntry] = Field(
+        min_length=1, max_length=16
+    )
 
     def policy(self) -> AttentionPolicy:
         """Every row written out. Raises PolicyError for rows that name heads the model has not."""
@@ -211,10 +213,12 @@ def _within_reach(head: HeadPolicy, where: str) -> HeadPolicy:
     """Refuse a selector that would read what the head's retention rule releases."""
     if isinstance(head.keep, KeepSinkRecent):
         for selector in (head.prefill, head.decode):
-            if isinstance(selector, SinkRecent) and (selector.sink > head.keep.sink or selector.recent > head.keep.recent):
+            if isinstance(selector, SinkRecent) and (
+                selector.sink > head.keep.sink or selector.recent > head.keep.recent
+            ):
                 raise PolicyError(
-                    f"In {where}, sink-recent reads {selector.sink} + {selector.recent} tokens, but the head keeps only "
-                    f"{head.keep.sink} + {head.keep.recent}; keep more, or read less."
+                    f"In {where}, sink-recent reads {selector.sink} + {selector.recent} tokens, but the head keeps "
+                    f"only {head.keep.sink} + {head.keep.recent}; keep more, or read less."
                 )
     return head
 

@@ -24,7 +24,9 @@ class SinkRecent:
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.recent < 1:
-            raise ValueError(f"sink-recent needs sink >= 0 and recent >= 1, not sink {self.sink} and recent {self.recent}.")
+            raise ValueError(
+                f"sink-recent needs sink >= 0 and recent >= 1, not sink {self.sink} and recent {self.recent}."
+            )
 
     def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Proposal:
         """Counted from the tile's origin, so that the answer does not depend on how the prompt was cut into chunks."""

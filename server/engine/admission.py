@@ -24,12 +24,12 @@ class QueueLoad:
         with self._lock:
             if self.requests and self.requests + requests > self.most_requests:
                 raise Overloaded(
-                    f"The queue is full ({self.requests} requests wait, the limit is {self.most_requests}); try again later.",
+                    f"The queue is full ({self.requests} requests wait, at most {self.most_requests} may); try later.",
                     reason="max_num_queued_reqs",
                 )
             if self.tokens and self.tokens + tokens > self.most_tokens:
                 raise Overloaded(
-                    f"The queue is full ({self.tokens} prompt tokens wait, the limit is {self.most_tokens}); try again later.",
+                    f"The queue is full ({self.tokens} prompt tokens wait, at most {self.most_tokens} may); try later.",
                     reason="max_num_queued_tokens",
                 )
             self.requests += requests

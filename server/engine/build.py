@@ -9,8 +9,8 @@ import torch
 
 from gossamer.attention.policy import AttentionPolicy, dense_policy, within_windows
 from gossamer.attention.policy_file import PolicyError, check_model, load_policy_file
-from gossamer.kvcache.cache import KVCache
 from gossamer.kernels.layout import PAGE_SIZE
+from gossamer.kvcache.cache import KVCache
 from gossamer.kvcache.groups import HeadGroup, group_heads
 from gossamer.kvcache.sizing import Sizing, bytes_per_page, longest_sequence, size_pools
 from gossamer.server.config import ServerConfig
@@ -118,7 +118,7 @@ def assemble(
 def _size_cache(
     config: ServerConfig, model: Model, policy: AttentionPolicy, groups: Sequence[HeadGroup], step_tokens: int
 ) -> tuple[Sizing, int]:
-    """Pages per group, and the longest sequence to serve: what was asked for, or what the model can and memory holds."""
+    """Pages per group, and the longest sequence to serve: as asked for, or what the model can and memory holds."""
     shape = model.shape
     reserve = ACTIVATION_COPIES * step_tokens * shape.activation_width * model.dtype.itemsize
     memory = config.kv_cache_memory or cache_memory(model.device, config.gpu_memory_utilization, reserve)
@@ -129,7 +129,7 @@ def _size_cache(
     wanted = config.max_model_len or shape.max_positions
     if config.max_model_len is not None and config.max_model_len > shape.max_positions:
         raise StartupError(
-            f"--max-model-len {config.max_model_len} is more than the {shape.max_positions} positions of this model; lower it."
+            f"--max-model-len {config.max_model_len} is more than the model's {shape.max_positions} positions; lower it."
         )
     longest = wanted
     if config.max_model_len is None:
@@ -182,7 +182,8 @@ def _find_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
     if not file.is_file():
         known = sorted(p.name.removesuffix(".yaml") for p in packaged.iterdir() if p.name.endswith(".yaml"))
         raise StartupError(
-            f"The attention policy {asked!r} is neither a file nor a packaged policy; packaged are: {', '.join(['dense', *known])}."
+            f"The attention policy {asked!r} is neither a file nor a packaged policy; packaged are: "
+            f"{', '.join(['dense', *known])}."
         )
     try:
         entry = load_policy_file(file)

@@ -45,7 +45,7 @@ class Ticket:
     _loop: Loop
 
     def cancel(self) -> None:
-        """Give up the request, at whatever stage; its pages are free within one step. Any thread, any number of times."""
+        """Give up the request, at whatever stage; its pages are free within one step. Any thread, any time."""
         self._loop.inbox.put(Cancel(self.request_id))
 
 
@@ -53,8 +53,9 @@ class Engine:
     """One replica. Its loop runs on a thread of its own; everything here may be called from any thread."""
 
     def __init__(
-        self, *, card: ModelCard, tokenizer: Tokenizer, policy: AttentionPolicy, default_point: str, allowed_points: tuple[str, ...],
-        cache: KVCache, loop: Loop, eos_ids: tuple[int, ...], token_capacity: int, seed: int | None,
+        self, *, card: ModelCard, tokenizer: Tokenizer, policy: AttentionPolicy, default_point: str,
+        allowed_points: tuple[str, ...], cache: KVCache, loop: Loop, eos_ids: tuple[int, ...], token_capacity: int,
+        seed: int | None,
     ) -> None:  # fmt: skip
         self.model = card
         self.tokenizer = tokenizer
@@ -84,13 +85,13 @@ class Engine:
         self._thread.start()
 
     def stop(self, drain_seconds: float) -> None:
-        """Take no more requests, let the running ones end for so long, end the others with an error. Returns when done."""
+        """Take no more requests, give the open ones so long, end the rest with an error. Returns when done."""
         self._loop.inbox.put(Stop(time.monotonic() + drain_seconds))
         if self._thread.is_alive():
             self._thread.join()
 
     def submit(self, request: Request, publish: Callable[[Event], None]) -> Ticket:
-        """Accept a request or raise a RequestError at once. `publish` is called on the engine thread and must not block."""
+        """Accept a request or raise a RequestError at once. `publish` is called on the engine thread: never block."""
         self._check(request)
         if not self._loop.accepting or not self._thread.is_alive():
             raise Unavailable(NOT_TAKING)
@@ -144,15 +145,15 @@ class Engine:
             )
         if length + min(1, params.max_tokens) > card.max_model_len:
             raise InvalidRequest(
-                f"The prompt holds {length} tokens, but this server takes at most {card.max_model_len} for prompt and answer "
-                "together; shorten the prompt.",
+                f"The prompt holds {length} tokens, but this server takes at most {card.max_model_len} for prompt and "
+                "answer together; shorten the prompt.",
                 param="prompt",
                 code="context_length_exceeded",
             )
         if length + params.max_tokens > card.max_model_len:
             raise InvalidRequest(
-                f"The prompt holds {length} tokens and {params.max_tokens} are to be generated, but this server takes at most "
-                f"{card.max_model_len} together; ask for at most {card.max_model_len - length}.",
+                f"The prompt holds {length} tokens and {params.max_tokens} are to be generated, but this server takes "
+                f"at most {card.max_model_len} together; ask for at most {card.max_model_len - length}.",
                 param="max_tokens",
                 code="context_length_exceeded",
             )
@@ -165,8 +166,8 @@ class Engine:
         needed = self.cache.pages_needed(self._rules(self._point(request)), length + params.max_tokens, step_tokens)
         if any(need > have for need, have in zip(needed, self.cache.capacity, strict=True)):
             raise InvalidRequest(
-                f"A sequence of {length + params.max_tokens} tokens can never fit the KV cache of this server, which holds "
-                f"{self.token_capacity}; shorten the prompt or ask for fewer tokens.",
+                f"A sequence of {length + params.max_tokens} tokens can never fit the KV cache of this server, which "
+                f"holds {self.token_capacity}; shorten the prompt or ask for fewer tokens.",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -59,7 +59,7 @@ class Executor:
         return Outcome(sampled, seconds, frozenset(not_finite))
 
     def _rows(self, parts: Items[Part]) -> tuple[list[int], list[tuple[Part, int]], list[tuple[Part, int]]]:
-        """Token rows whose logits are needed; then (part, its row among them) to sample, and to score the prompt with."""
+        """Token rows whose logits are needed; then (part, its row among them) to sample, and to score prompts with."""
         rows: list[int] = []
         sampling: list[tuple[Part, int]] = []
         scoring: list[tuple[Part, int]] = []

@@ -121,8 +121,8 @@ def load_config(path: str, revision: str | None) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:
         raise StartupError(
-            f"The configuration of {path} cannot be loaded ({_first_line(error)}); check the name, and the network if it "
-            "is a hub id, or copy the checkpoint again."
+            f"The configuration of {path} cannot be loaded ({_first_line(error)}); check the name, and the network if "
+            "it is a hub id, or copy the checkpoint again."
         ) from error
     assert isinstance(config, PreTrainedConfig)
     check_family(config.to_dict())
@@ -176,7 +176,7 @@ def _random_weights(config: PreTrainedConfig, dtype: torch.dtype, device: torch.
 
 
 def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
-    """The dtype to compute in; `auto` takes the checkpoint's, but on a CPU bf16 only where it is fast, and fp16 never."""
+    """The dtype to compute in; `auto`: the checkpoint's, but on a CPU bf16 only where it is fast, and fp16 never."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
     own = getattr(config, "dtype", None)

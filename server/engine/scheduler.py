@@ -89,7 +89,7 @@ class Scheduler:
             self.cache.trim(sequence.table)
 
     def _take(self, sequence: Sequence, tokens: int, parts: dict[Sequence, Part]) -> int:
-        """Give `sequence` pages for `tokens` more tokens, from sequences behind it if need be. Returns how many it got."""
+        """Give `sequence` pages for `tokens` more tokens, from sequences behind it if need be: how many it got."""
         while not self.cache.can_grow(sequence.table, tokens):
             last = self.running[-1]
             if last is sequence:
@@ -183,7 +183,7 @@ class Scheduler:
         return leader.computed < reusable
 
     def _fits(self, sequence: Sequence) -> bool:
-        """Attach what the prefix cache has, and check that the rest fits beside what the running sequences still need."""
+        """Attach what the prefix cache has; whether the rest fits beside what the running sequences still need."""
         hit = 0
         if not sequence.lacks_prompt_logprobs:  # cached pages would leave their positions without logits
             hit = self.cache.attach(sequence.table, sequence.tokens, len(sequence.tokens) - 1)
