@@ -83,9 +83,7 @@ def _attend_capped(
     return out, lse
 
 
-def attend_in_pieces(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, piece: int
-) -> list[Part]:
+def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, piece: int) -> list[Part]:
     """As `attend` for one query each (M == 1) that sees every key, cut into pieces of `piece` keys that run in
     parallel, and a rest: for machines with more cores than there are heads."""
     whole = k.shape[1] // piece

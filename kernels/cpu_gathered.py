@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.cpu_attention import attend, merge
-from gossamer.kernels.cpu_pages import read_pages, read_tokens
+from gossamer.kernels.cpu_pages import read_pages, read_rows
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
 
 COPIED_BYTES = 16 << 20  # keys and values copied at once: they should still be in the cache when they are read
@@ -64,11 +64,8 @@ class Tiles:
         last, sink, window = pos + count - 1, kv.sink[seq, head].long(), kv.window[seq, head].long()
         row, at = ragged_rows(index.start[head, block], index.count[head, block])
         page = index.pages[at].long()
-        if blocks.size == 1:  # looking at every key costs less than reading twice
-            clear = torch.zeros_like(page, dtype=torch.bool)
-        else:
-            begin, end = page * kv.page_size, (page + 1) * kv.page_size
-            clear = (end <= pos[row] + 1) & ((begin > (last - window)[row]) | (end <= sink[row]))
+        begin, end = page * kv.page_size, (page + 1) * kv.page_size
+        clear = (end <= pos[row] + 1) & ((begin > (last - window)[row]) | (end <= sink[row]))
         single = None
         if index.tokens is not None and index.token_start is not None and index.token_count is not None:
             token_row, token_at = ragged_rows(index.token_start[head, block], index.token_count[head, block])
@@ -122,13 +119,14 @@ def attend_gathered(
     """As paged_prefill, for the tiles (head[x], block[x]) alone; head [X] counts kv's heads, block [X] the blocks."""
     tiles = Tiles.of(kv, blocks, index, head, block)
     queries = min(blocks.size, max(row.count for row in blocks.rows))
+    flat_q = q.reshape(-1, q.shape[2])
     batches = tiles.batches(2 * kv.k.shape[3] * kv.k.element_size(), kv.page_size)
     for rows, clear, partial, tokens in batches:
         step = torch.minimum(torch.arange(queries), tiles.count[rows][:, None] - 1)  # a short tile repeats its last
         query = tiles.pos[rows][:, None] + step
         heads = kv.heads.long()[tiles.head[rows]][:, None] * kv.ratio + torch.arange(kv.ratio)
-        where = ((tiles.token[rows][:, None] + step)[:, None], heads[:, :, None])
-        packed = q[where]
+        place = (tiles.token[rows][:, None] + step)[:, None] * q.shape[1] + heads[:, :, None]  # in T * H
+        packed = flat_q.index_select(0, place.flatten()).view(*place.shape, -1)
         keys = []
         if clear:
             keys.append(_clear_pages(kv, tiles, rows, clear))
@@ -138,8 +136,16 @@ def attend_gathered(
             keys.append(_single_tokens(kv, tiles, tiles.single, rows, tokens, query))
         parts = [attend(packed, k, v, scale=scale, softcap=softcap, visible=visible) for k, v, visible in keys]
         merged, total = merge(parts, None if sinks is None else sinks[heads])
-        out[where] = merged.to(out.dtype)
-        lse[where] = total
+        write_rows(out, place, merged)
+        write_rows(lse, place, total)
+
+
+def write_rows(to: Tensor, place: Tensor, rows: Tensor) -> None:
+    """to [T, H, ...], place (any shape) counted over T * H, rows [*place.shape, ...]."""
+    if to.is_contiguous():
+        to.flatten(0, 1).index_copy_(0, place.flatten(), rows.flatten(0, place.dim() - 1).to(to.dtype))
+    else:
+        to[place // to.shape[1], place % to.shape[1]] = rows.to(to.dtype)
 
 
 Keys = tuple[Tensor, Tensor, Tensor | None]  # k, v [x, n, D]; visible [x, M or 1, n]
@@ -169,9 +175,9 @@ def _single_tokens(kv: PagedKV, tiles: Tiles, single: Ragged, rows: Tensor, widt
     # A list without a token borrows position 0 of its sequence, which may have been released: any real row will do.
     page, head = key // kv.page_size, tiles.head[rows]
     physical = kv.table[tiles.seq[rows][:, None], page].long().clamp(min=0)
-    read = (head, physical, key % kv.page_size)
+    slot = (head[:, None] * kv.k.shape[1] + physical) * kv.page_size + key % kv.page_size
     visible = _visible(tiles, rows, query, key) & real[:, None]
-    return read_tokens(kv.k, *read), read_tokens(kv.v, *read), visible
+    return read_rows(kv.k, slot), read_rows(kv.v, slot), visible
 
 
 def _visible(tiles: Tiles, rows: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -179,3 +185,64 @@ def _visible(tiles: Tiles, rows: Tensor, query: Tensor, key: Tensor) -> Tensor:
     window, sink = tiles.window[rows][:, None, None], tiles.sink[rows][:, None]
     near = (key[:, None] > query[..., None] - window) | (key < sink)[:, None]
     return near & (key[:, None] <= query[..., None])
+
+
+NO_PAGE = 2**24  # lies in every query's future
+
+
+def attend_rows(
+    q: Tensor,
+    kv: PagedKV,
+    blocks: QueryBlocks,
+    index: SparseIndex,
+    head: Tensor,
+    block: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> None:
+    """As paged_decode, for the rows (head[x], block[x]) alone. Rows that read about as much are one attention."""
+    width = padded_width(index.count[head, block].long())
+    tokens = torch.zeros_like(width)
+    if index.token_count is not None:
+        tokens = padded_width(index.token_count[head, block].long())
+    for pages, singles in torch.stack((width, tokens), 1).unique(dim=0).tolist():
+        same = ((width == pages) & (tokens == singles)).nonzero().flatten()
+        row_bytes = (pages * kv.page_size + singles) * 2 * kv.k.shape[3] * kv.k.element_size()
+        for rows in same.split(max(1, COPIED_BYTES // row_bytes)):
+            part = (head[rows], block[rows])
+            k, v, visible = _one_query_keys(kv, blocks, index, *part, pages, singles)
+            heads = kv.heads.long()[part[0]][:, None] * kv.ratio + torch.arange(kv.ratio)
+            place = blocks.token.long()[part[1]][:, None], heads
+            one = attend(q[place].unsqueeze(2), k, v, scale=scale, softcap=softcap, visible=visible)
+            merged, total = merge([one], None if sinks is None else sinks[heads])
+            out[place], lse[place] = merged.squeeze(2).to(out.dtype), total.squeeze(2)
+
+
+def _one_query_keys(
+    kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, head: Tensor, block: Tensor, pages: int, singles: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies [X, n, D] of what each row reads, and which of it the query may see [X, 1, n]. Places that it may not
+    see hold the query's own key, so nothing that lies in unwritten memory is touched."""
+    seq, pos = blocks.seq[block], blocks.pos[block][:, None]
+    page = _run(index.pages, index.start[head, block], index.count[head, block], pages, NO_PAGE)
+    key = (page[..., None] * kv.page_size + torch.arange(kv.page_size, dtype=torch.int32)).flatten(1)
+    if singles and index.tokens is not None and index.token_start is not None and index.token_count is not None:
+        run = index.token_start[head, block], index.token_count[head, block]
+        key = torch.cat((key, _run(index.tokens, *run, singles, NO_PAGE * kv.page_size)), 1)
+    near = (key > pos - kv.window[seq, head][:, None]) | (key < kv.sink[seq, head][:, None])
+    visible = near & (key <= pos)
+    key = torch.where(visible, key, pos)
+    physical = kv.table[seq[:, None], key // kv.page_size].long()
+    slot = (head[:, None] * kv.k.shape[1] + physical) * kv.page_size + key % kv.page_size
+    return read_rows(kv.k, slot), read_rows(kv.v, slot), visible[:, None]
+
+
+def _run(values: Tensor, start: Tensor, count: Tensor, width: int, fill: int) -> Tensor:
+    """[X, width]: values[start[x] : start[x] + count[x]], then `fill`."""
+    column = torch.arange(width, dtype=torch.int32)
+    at = (start[:, None] + column).clamp(max=values.numel() - 1)
+    return values[at].masked_fill(column >= count[:, None], fill)

@@ -29,20 +29,36 @@ def read_span(
         start, stop = max(begin, (first + low) * size), min(end, (first + high) * size)
         if stop - start >= shortest or len(host) == 1:
             offset = start - (first + low) * size
-            pieces.append(tuple(_in_place(pool[heads], where, high - low, offset, stop - start) for pool in (kv.k, kv.v)))
+            slot = where * size + offset
+            pieces.append((in_place(kv.k, heads, slot, stop - start), in_place(kv.v, heads, slot, stop - start)))
         else:
             scattered.append((low, high))
     if scattered:
         chosen = torch.cat([physical[low:high] for low, high in scattered])
         low = max(begin - (first + scattered[0][0]) * size, 0)
         high = chosen.numel() * size - max((first + scattered[-1][1]) * size - end, 0)
-        pieces.append(tuple(pool[heads].index_select(1, chosen).flatten(1, 2)[:, low:high] for pool in (kv.k, kv.v)))
-    return [(k, v) for k, v in pieces]
+        k, v = (pool[heads].index_select(1, chosen).flatten(1, 2)[:, low:high] for pool in (kv.k, kv.v))
+        pieces.append((k, v))
+    return pieces
 
 
-def _in_place(pool: Tensor, first: int, pages: int, offset: int, tokens: int) -> Tensor:
-    """pool [g, P, S, D] -> [g, tokens, D]; no copy where a head's pages are contiguous, as the cache makes them."""
-    return pool[:, first : first + pages].flatten(1, 2)[:, offset : offset + tokens]
+def in_place(pool: Tensor, heads: slice, slot: int, tokens: int) -> Tensor:
+    """pool [G, P, S, D] -> [heads, tokens, D] from row `slot` of each head's P * S rows on; a view where a head's
+    pages are contiguous, as the cache makes them."""
+    size, (head, page, row, _) = pool.shape[2], pool.stride()
+    if page == size * row:
+        shape = (heads.stop - heads.start, tokens, pool.shape[3])
+        return pool.as_strided(shape, (head, row, 1), pool.storage_offset() + heads.start * head + slot * row)
+    first, last = slot // size, (slot + tokens - 1) // size
+    return pool[heads, first : last + 1].flatten(1, 2)[:, slot - first * size :][:, :tokens]
+
+
+def read_rows(pool: Tensor, slot: Tensor) -> Tensor:
+    """pool [G, P, S, D], slot [X, n], counted over G * P * S -> a copy [X, n, D] of single rows."""
+    if pool.is_contiguous():
+        return pool.view(-1, pool.shape[3]).index_select(0, slot.flatten()).view(*slot.shape, -1)
+    page, size = slot // pool.shape[2], pool.shape[1]
+    return pool[page // size, page % size, slot % pool.shape[2]]
 
 
 def read_pages(pool: Tensor, head: Tensor, physical: Tensor) -> Tensor:
@@ -51,11 +67,3 @@ def read_pages(pool: Tensor, head: Tensor, physical: Tensor) -> Tensor:
         flat = pool.flatten(0, 1).index_select(0, (head[:, None] * pool.shape[1] + physical).flatten())
         return flat.view(physical.shape[0], -1, pool.shape[3])
     return pool[head[:, None], physical].flatten(1, 2)
-
-
-def read_tokens(pool: Tensor, head: Tensor, physical: Tensor, offset: Tensor) -> Tensor:
-    """pool [G, P, S, D], head [X], physical and offset [X, t] -> a copy [X, t, D] of single rows of pages."""
-    if pool.is_contiguous():
-        slot = ((head[:, None] * pool.shape[1] + physical) * pool.shape[2] + offset).flatten()
-        return pool.flatten(0, 2).index_select(0, slot).view(*physical.shape, -1)
-    return pool[head[:, None], physical, offset]

@@ -46,7 +46,14 @@ class PagedKV:
     def only(self, own: slice) -> "PagedKV":
         """The same memory, seen by a run of the heads."""
         return PagedKV(
-            self.k[own], self.v[own], self.table, self.length, self.heads[own], self.sink[:, own], self.window[:, own], self.ratio
+            self.k[own],
+            self.v[own],
+            self.table,
+            self.length,
+            self.heads[own],
+            self.sink[:, own],
+            self.window[:, own],
+            self.ratio,
         )
 
 
@@ -56,7 +63,7 @@ class BlockRow(NamedTuple):
     seq: int  # row of the page table
     token: int  # index of the tile's first query in q
     pos: int  # position of that query in its sequence
-    count: int  # queries in the tile
+    count: int  # type: ignore[assignment]  # queries in the tile; hides tuple.count
 
 
 @dataclass(frozen=True, slots=True)

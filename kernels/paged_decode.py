@@ -2,12 +2,13 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gossamer.kernels.cpu_attention import Part, attend_in_pieces, merge
-from gossamer.kernels.cpu_gathered import attend_gathered
-from gossamer.kernels.cpu_pages import read_span
+from gossamer.kernels.cpu_gathered import attend_rows
+from gossamer.kernels.cpu_pages import in_place, read_span
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
 
 
@@ -34,8 +35,8 @@ def paged_decode(
     paged_decode_torch(q, kv, blocks, index, out, lse, scale=scale, softcap=softcap, sinks=sinks)
 
 
-SHORT_PAGES = 8  # up to here many sequences are copied together and read at once; longer ones are read in place
-LEAST_IN_PLACE = 1024  # tokens side by side that are worth a call of their own
+SHORT_PAGES, MANY = 2, 8  # so many sequences that are so short are copied together and read in one call
+LEAST_IN_PLACE = 1024  # tokens side by side that are worth a call of their own, where a run is in several places
 PIECE = 4096  # keys per core where there are more cores than heads
 
 
@@ -51,67 +52,89 @@ def paged_decode_torch(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> None:
-    """What paged_decode means; also how the CPU runs it: long runs without gaps are read in place, sequence by
-    sequence; short and scattered ones are gathered. A row's own run decides, not its neighbours."""
-    runs, rest = _long_runs(kv, blocks, index)
-    piece = PIECE if kv.heads.numel() < torch.get_num_threads() else 2**62
+    """What paged_decode means; also how the CPU runs it: runs without gaps are read in place, sequence by
+    sequence; scattered ones, and short ones when there are many, are gathered."""
+    heads = kv.heads.tolist()
+    runs, rest = _runs_in_place(kv, blocks, index, heads)
+    piece = PIECE if len(heads) < torch.get_num_threads() else 2**62
     for run in runs:
         row, ratio = blocks.rows[run.block], kv.ratio
-        low = int(kv.heads[run.first_head]) * ratio
-        heads = slice(run.first_head, run.last_head + 1)
-        query_heads = slice(low, low + (heads.stop - heads.start) * ratio)
-        packed = q[row.token, query_heads].view(-1, ratio, 1, q.shape[2])
+        low, high = heads[run.first_head] * ratio, (heads[run.last_head] + 1) * ratio
+        packed = q[row.token, low:high].unflatten(0, (-1, ratio)).unsqueeze(2)
         parts: list[Part] = []
-        for begin, end in _visible_spans(run, row.pos):
-            for k, v in read_span(kv, row.seq, heads, begin, end, shortest=LEAST_IN_PLACE):
-                parts += attend_in_pieces(packed, k, v, scale=scale, softcap=softcap, piece=piece)
-        merged, total = merge(parts, None if sinks is None else sinks[query_heads].view(-1, ratio))
-        out[row.token, query_heads] = merged.flatten(0, 2).to(out.dtype)
-        lse[row.token, query_heads] = total.flatten()
+        for k, v in _read(kv, run, row.seq, row.pos):
+            parts += attend_in_pieces(packed, k, v, scale=scale, softcap=softcap, piece=piece)
+        merged, total = merge(parts, None if sinks is None else sinks[low:high].view(-1, ratio))
+        out[row.token, low:high] = merged.flatten(0, 2)
+        lse[row.token, low:high] = total.flatten()
     if rest.numel():
-        attend_gathered(q, kv, blocks, index, rest[0], rest[1], out, lse, scale=scale, softcap=softcap, sinks=sinks)
+        attend_rows(q, kv, blocks, index, rest[0], rest[1], out, lse, scale=scale, softcap=softcap, sinks=sinks)
 
 
 class Run(NamedTuple):
-    """A long run of pages without gaps, for neighbouring heads that agree in it."""
+    """A run of pages without gaps, for neighbouring heads that agree in it."""
 
     block: int
-    begin: int  # position of its first key
+    first_page: int
+    physical: int  # of the first page
+    breaks: int  # times that the next page is not the physical neighbour
     sink: int
     window: int
     first_head: int
     last_head: int
 
 
-def _long_runs(kv: PagedKV, blocks: QueryBlocks, index: SparseIndex) -> tuple[list[Run], Tensor]:
-    """Long runs, and the other rows as [2, X]: head (of kv's) and block."""
-    count = index.count.long()
-    first = index.pages[index.start.long()].long()
-    last = index.pages[index.start.long() + count - 1].long()
-    chosen = (last - first + 1 == count) & (count > SHORT_PAGES)
+def _runs_in_place(kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, heads: list[int]) -> tuple[list[Run], Tensor]:
+    """Runs to read in place, and the other rows as [2, X]: head (of kv's) and block. In numpy, whose small operations
+    take a third of the time of torch's: with short contexts this is what a step consists of."""
+    start, count, pages = index.start.numpy(), index.count.numpy(), index.pages.numpy()
+    first, last = pages[start], pages[start + count - 1]
+    chosen = last - first + 1 == count
     if index.token_count is not None:
-        chosen &= index.token_count == 0
-    if not bool(chosen.any()):
-        return [], (~chosen).nonzero().T
-    seq = blocks.seq.long()
-    facts = torch.stack((first * kv.page_size, kv.sink[seq].T, kv.window[seq].T), -1).tolist()
-    heads, long = kv.heads.tolist(), chosen.tolist()
+        chosen &= index.token_count.numpy() == 0
+    short = chosen & (count <= SHORT_PAGES)
+    if short[0].sum() >= MANY:
+        chosen &= ~short
+    rest = torch.from_numpy(np.stack((~chosen).nonzero()))
+    if not chosen.any():
+        return [], rest
+    seq = blocks.seq.numpy()
+    table = kv.table.numpy()[seq]
+    breaks = np.zeros(table.shape, dtype=np.int64)
+    np.cumsum(table[:, 1:] - table[:, :-1] != 1, axis=1, out=breaks[:, 1:])
+    row = np.arange(len(blocks))[None]
+    facts = (first, table[row, first], breaks[row, last] - breaks[row, first])
+    rules = (kv.sink.numpy()[seq].T, kv.window.numpy()[seq].T)
+    rows, wanted = np.stack((*facts, *rules), -1).tolist(), chosen.tolist()
     runs: list[Run] = []
     for n in range(len(blocks)):
         for g in range(len(heads)):
-            if not long[g][n]:
+            if not wanted[g][n]:
                 continue
-            run = Run(n, *facts[g][n], g, g)
-            if runs and runs[-1][:4] == run[:4] and runs[-1].last_head == g - 1 and heads[g] == heads[g - 1] + 1:
+            first_page, physical, times, sink, window = rows[g][n]
+            run = Run(n, first_page, physical, times, sink, window, g, g)
+            if runs and runs[-1][:6] == run[:6] and runs[-1].last_head == g - 1 and heads[g] == heads[g - 1] + 1:
                 run = run._replace(first_head=runs.pop().first_head)
             runs.append(run)
-    return runs, (~chosen).nonzero().T
+    return runs, rest
 
 
-def _visible_spans(run: Run, pos: int) -> list[tuple[int, int]]:
-    """What the query at `pos` may see of the run: two spans when the window leaves a gap behind the sink."""
-    recent = max(run.begin, pos - run.window + 1)
-    if recent <= max(run.begin, run.sink):
-        return [(run.begin, pos + 1)]
-    spans = [(run.begin, run.sink), (recent, pos + 1)]
-    return [span for span in spans if span[0] < span[1]]
+def _read(kv: PagedKV, run: Run, seq: int, pos: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [heads, tokens, D] that the query at `pos` may see of the run."""
+    heads, size = slice(run.first_head, run.last_head + 1), kv.page_size
+    pieces = []
+    for begin, end in _visible_spans(run.first_page * size, run.sink, run.window, pos):
+        if run.breaks:
+            pieces += read_span(kv, seq, heads, begin, end, shortest=LEAST_IN_PLACE)
+        else:
+            slot = (run.physical - run.first_page) * size + begin
+            pieces.append((in_place(kv.k, heads, slot, end - begin), in_place(kv.v, heads, slot, end - begin)))
+    return pieces
+
+
+def _visible_spans(begin: int, sink: int, window: int, pos: int) -> list[tuple[int, int]]:
+    """What the query at `pos` may see of the keys from `begin` on: two spans when the window leaves a gap."""
+    recent = max(begin, pos - window + 1)
+    if recent <= max(begin, sink):
+        return [(begin, pos + 1)]
+    return [(low, high) for low, high in ((begin, sink), (recent, pos + 1)) if low < high]

@@ -101,7 +101,7 @@ def _stretches(kv: PagedKV, blocks: QueryBlocks, index: SparseIndex) -> tuple[li
 
 
 def _neighbours(blocks: QueryBlocks, begin: list[int]) -> Iterator[tuple[int, int, bool]]:
-    """(first, last, whether these are all tiles of the sequence) of each stretch of adjoining tiles, equal in `begin`."""
+    """(first, last, whether these are all of the sequence) of each stretch of adjoining tiles, equal in `begin`."""
     rows, first = blocks.rows, 0
     for n in range(1, len(rows) + 1):
         before = rows[n - 1]
@@ -154,11 +154,10 @@ def _attend_whole(
     query_heads = slice(low, low + (heads.stop - heads.start) * ratio)
     tokens = slice(row.token, row.token + queries)
     packed = q[tokens, query_heads].unflatten(1, (-1, ratio)).permute(1, 2, 0, 3)
-    own_begin = max(row.pos, stretch.begin)
     shortest = max(LEAST_IN_PLACE, queries)  # a copy costs its keys, joining a part costs the queries
-    before = read_span(kv, row.seq, heads, stretch.begin, own_begin, shortest=shortest)
+    before = read_span(kv, row.seq, heads, stretch.begin, row.pos, shortest=shortest)
     parts = [attend(packed, k, v, scale=scale, softcap=softcap) for k, v in before]
-    ((k, v),) = read_span(kv, row.seq, heads, own_begin, end, shortest=end)
+    ((k, v),) = read_span(kv, row.seq, heads, row.pos, end, shortest=end)
     parts.append(attend(packed, k, v, scale=scale, softcap=softcap, causal=True))
     merged, total = merge(parts, None if sinks is None else sinks[query_heads].view(-1, ratio))
     out[tokens, query_heads].unflatten(1, (-1, ratio)).permute(1, 2, 0, 3).copy_(merged)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from engines import ask, load_tiny, make_engine, running_engine
+from tiny_models import FAMILIES, VOCAB, save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from engines import ask, load_tiny, make_engine, running_engine
 from gossamer.server.config import ServerConfig
 from gossamer.server.engine.engine import Engine
 from gossamer.server.engine.families import StartupError
-from tiny_models import FAMILIES, VOCAB, save_tiny_model
 
 LENGTHS = (5, 59, 60, 61, 130, 301)  # the last three of the short ones outgrow their page newest first
 NEW = 12

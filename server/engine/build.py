@@ -129,7 +129,7 @@ def _size_cache(
     wanted = config.max_model_len or shape.max_positions
     if config.max_model_len is not None and config.max_model_len > shape.max_positions:
         raise StartupError(
-            f"--max-model-len {config.max_model_len} is more than the model's {shape.max_positions} positions; lower it."
+            f"--max-model-len {config.max_model_len} exceeds the model's {shape.max_positions} positions; lower it."
         )
     longest = wanted
     if config.max_model_len is None:

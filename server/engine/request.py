@@ -134,7 +134,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability of a token under the model (temperature 1, no penalties, no biases), and of the likeliest ones."""
+    """Log-probability of a token under the model (temperature 1, no penalties, no biases), and of the likeliest."""
 
     token: int
     logprob: float
