@@ -1,0 +1,145 @@
+"""One program per (128 packed rows of a query block, KV head): a running softmax over the block's run of pages.
+
+Packed row m is query m // ratio of the block, head m % ratio of the group, so that each key is read once per group.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.triton.tiles import LN_2, add_keys, add_sink, capability, factors, load_rows
+
+
+def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int) -> dict[str, int]:
+    """Rows per program and compiler options for `rows` packed rows and a GPU's compute capability (80, 90, ...).
+
+    These fill the registers without spilling and fit the shared memory, to which tests/test_kernels_compile.py holds
+    them. float32 runs without tensor cores and is there to be right, not fast.
+    """
+    wide = max(16, triton.next_power_of_2(dim))
+    if itemsize == 4:
+        most, warps, stages = (32, 8, 1) if wide <= 64 else (16, 4, 1) if wide <= 128 else (16, 8, 1)
+    elif wide <= 64:
+        most, warps, stages = 128, 8, 3
+    elif wide <= 128:
+        most, warps, stages = 128 if capability >= 90 else 64, 8, 3
+    else:
+        most, warps, stages = 64 if capability >= 90 and not tokens else 32, 8, 2
+    block = min(most, max(16, triton.next_power_of_2(rows)))
+    return {"M": block, "WIDE": wide, "num_warps": warps if block == most else 4, "num_stages": stages}
+
+
+def launch(
+    q: Tensor,
+    kv: PagedKV,
+    blocks: QueryBlocks,
+    index: SparseIndex,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> None:
+    """As gossamer.kernels.paged_prefill.paged_prefill."""
+    dim, rows = q.shape[2], blocks.size * kv.ratio
+    tokens = index.tokens is not None
+    options = tile(dim, kv.k.element_size(), rows, tokens=tokens, capability=capability(q.device))
+    grid = (len(blocks) * triton.cdiv(rows, options["M"]), kv.heads.numel())
+    singles = (
+        (index.token_start, index.token_count, index.tokens) if tokens else (index.start, index.count, index.pages)
+    )
+    token_stride = index.token_start.stride(0) if index.token_start is not None else 0
+    _paged_prefill[grid](
+        q, kv.k, kv.v, out, lse, index.start if sinks is None else sinks,
+        kv.table, kv.length, kv.heads, kv.sink, kv.window,
+        blocks.seq, blocks.token, blocks.pos, blocks.count,
+        index.start, index.count, index.pages,
+        *singles,
+        *q.stride()[:2], *out.stride()[:2], *lse.stride(), *kv.k.stride()[:3], *kv.v.stride()[:3],
+        kv.table.stride(0), kv.sink.stride(0), index.start.stride(0), token_stride,
+        *factors(scale, softcap), kv.ratio, triton.cdiv(rows, options["M"]),
+        PAGE=kv.page_size, DIM=dim, TOKENS=tokens, SOFTCAP=softcap > 0, SINKS=sinks is not None, **options,
+        enable_fp_fusion=True,  # said aloud, because Triton's default is about to change
+    )  # fmt: skip
+
+
+@triton.jit
+def _paged_prefill(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr,
+    table_ptr, length_ptr, heads_ptr, sink_ptr, window_ptr,
+    seq_ptr, token_ptr, pos_ptr, queries_ptr,
+    start_ptr, count_ptr, pages_ptr, token_start_ptr, token_count_ptr, tokens_ptr,
+    q_t, q_h, out_t, out_h, lse_t, lse_h, k_g, k_p, k_s, v_g, v_p, v_s,
+    table_b, rule_b, index_g, token_g,
+    scale, cap, ratio, parts,
+    M: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+    TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    # Later blocks read more: they start first.
+    n = (tl.num_programs(0) - 1 - tl.program_id(0)) // parts
+    part = (tl.num_programs(0) - 1 - tl.program_id(0)) % parts
+    g = tl.program_id(1)
+    seq, pos, queries = tl.load(seq_ptr + n), tl.load(pos_ptr + n), tl.load(queries_ptr + n)
+    if part * M >= queries * ratio:
+        return
+    row = part * M + tl.arange(0, M)
+    real = row < queries * ratio
+    query = tl.minimum(row // ratio, queries - 1)
+    head = (tl.load(heads_ptr + g) * ratio + row % ratio).to(tl.int64)
+    token = (tl.load(token_ptr + n) + query).to(tl.int64)
+    d, s = tl.arange(0, WIDE), tl.arange(0, PAGE)
+    in_head = d < DIM
+    q = tl.load(q_ptr + (token * q_t + head * q_h)[:, None] + d[None], mask=in_head[None], other=0.0)
+    q = q.to(k_ptr.dtype.element_ty)
+
+    sink, window = tl.load(sink_ptr + seq * rule_b + g), tl.load(window_ptr + seq * rule_b + g)
+    length = tl.load(length_ptr + seq)
+    at = (pos + query)[:, None]
+    k_ptr += g.to(tl.int64) * k_g
+    v_ptr += g.to(tl.int64) * v_g
+    table_ptr += seq.to(tl.int64) * table_b
+    run = pages_ptr + tl.load(start_ptr + g * index_g + n)
+    count = tl.load(count_ptr + g * index_g + n)
+
+    best = tl.full((M,), -float("inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, WIDE), tl.float32)
+
+    # Pages before the own ones are seen whole unless the window cuts somewhere.
+    own = (pos + queries - 1) // PAGE - pos // PAGE + 1
+    cut = tl.load(run) * PAGE <= pos + queries - 1 - window
+    clear = tl.where(cut, 0, tl.maximum(count - own, 0))
+    for i in range(0, clear):
+        physical = tl.load(table_ptr + tl.load(run + i)).to(tl.int64)
+        k = load_rows(k_ptr + physical * k_p, s * k_s, real, False, DIM, WIDE)
+        v = load_rows(v_ptr + physical * v_p, s * v_s, real, False, DIM, WIDE)
+        best, total, acc = add_keys(q, k, v, best, total, acc, real[:, None], scale, cap, False, SOFTCAP)
+    for i in range(clear, count):
+        page = tl.load(run + i)
+        physical = tl.load(table_ptr + page).to(tl.int64)
+        key = page * PAGE + s
+        k = load_rows(k_ptr + physical * k_p, s * k_s, key < length, True, DIM, WIDE)
+        v = load_rows(v_ptr + physical * v_p, s * v_s, key < length, True, DIM, WIDE)
+        visible = (key[None] <= at) & ((key[None] > at - window) | (key[None] < sink))
+        best, total, acc = add_keys(q, k, v, best, total, acc, visible, scale, cap, True, SOFTCAP)
+    if TOKENS:
+        token_run = tokens_ptr + tl.load(token_start_ptr + g * token_g + n)
+        token_count = tl.load(token_count_ptr + g * token_g + n)
+        for i in range(0, token_count, PAGE):
+            listed = i + s < token_count
+            key = tl.load(token_run + i + s, mask=listed, other=0)
+            listed &= key < length
+            physical = tl.load(table_ptr + key // PAGE, mask=listed, other=0).to(tl.int64)
+            k = load_rows(k_ptr, physical * k_p + (key % PAGE) * k_s, listed, True, DIM, WIDE)
+            v = load_rows(v_ptr, physical * v_p + (key % PAGE) * v_s, listed, True, DIM, WIDE)
+            visible = listed[None] & (key[None] <= at) & ((key[None] > at - window) | (key[None] < sink))
+            best, total, acc = add_keys(q, k, v, best, total, acc, visible, scale, cap, True, SOFTCAP)
+
+    if SINKS:
+        best, total, decay = add_sink(best, total, tl.load(sinks_ptr + head))
+        acc = acc * decay[:, None]
+    out_at = out_ptr + (token * out_t + head * out_h)[:, None] + d[None]
+    tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=real[:, None] & in_head[None])
+    tl.store(lse_ptr + token * lse_t + head * lse_h, (best + tl.log2(total)) * LN_2, mask=real)

@@ -1,0 +1,72 @@
+"""The step that both attention kernels repeat: one tile of keys into a running softmax. Logits are in base 2."""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def factors(scale: float, softcap: float) -> tuple[float, float]:
+    """(scale, cap) as `logits` wants them."""
+    return (2 * LOG2_E * scale / softcap, LOG2_E * softcap) if softcap > 0 else (LOG2_E * scale, 0.0)
+
+
+def capability(device: torch.device) -> int:
+    """80 for an A100, 90 for an H100; the interpreter plays the latter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+@triton.jit
+def logits(products, scale, cap, SOFTCAP: tl.constexpr):
+    """Products of queries and keys -> logits in base 2."""
+    if SOFTCAP:  # tanh by exp: infinity and 0 at the far ends give 1 and -1
+        return cap - 2.0 * cap / (tl.exp2(products * scale) + 1.0)
+    return products * scale
+
+
+@triton.jit
+def load_rows(ptr, at, there, ROWS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr):
+    """Rows [N, WIDE] that begin at ptr + at [N]; zero where not `there` [N] (when ROWS) and behind DIM."""
+    d = tl.arange(0, WIDE)
+    ptrs = ptr + at[:, None] + d[None]
+    if ROWS and DIM != WIDE:
+        return tl.load(ptrs, mask=there[:, None] & (d < DIM)[None], other=0.0)
+    if ROWS:
+        return tl.load(ptrs, mask=there[:, None], other=0.0)
+    if DIM != WIDE:
+        return tl.load(ptrs, mask=(d < DIM)[None], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def add_keys(
+    q, k, v, best, total, acc, visible, scale, cap,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """q [M, D]; k, v [N, D]; best, total [M]; acc [M, D]; visible [M or 1, N] when MASKED."""
+    scores = logits(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, cap, SOFTCAP)
+    if MASKED:
+        scores = tl.where(visible, scores, -float("inf"))
+    top = tl.maximum(best, tl.max(scores, 1))
+    shift = top
+    if MASKED:  # a row that has seen nothing yet has no maximum to subtract
+        shift = tl.where(top == -float("inf"), 0.0, top)
+    weight = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(best - shift)
+    total = total * decay + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return top, total, acc
+
+
+@triton.jit
+def add_sink(best, total, sink):
+    """The softmax's extra logit `sink` [M], natural -> best, total, and the factor for what was summed before."""
+    sink = sink.to(tl.float32) * 1.4426950408889634
+    top = tl.maximum(best, sink)
+    decay = tl.exp2(best - top)
+    return top, total * decay + tl.exp2(sink - top), decay

@@ -1,0 +1,82 @@
+"""The Triton kernels on a GPU against the definition in float64, in every type."""
+
+import pytest
+import torch
+from kernel_cases import check, make_case, reference
+
+from gossamer.kernels.compact import compact, compact_tokens, compact_tokens_torch, compact_torch
+from gossamer.kernels.layout import UNLIMITED, PagedKV
+from gossamer.kernels.paged_decode import paged_decode
+from gossamer.kernels.paged_prefill import paged_prefill
+from gossamer.kernels.store import store, store_torch
+
+pytestmark = pytest.mark.gpu
+
+WINDOWS = ((0, UNLIMITED), (64, 256), (3, 70), (0, 100), (130, 1), (100, 65))
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [1, 32, 64])
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("ratio", [1, 3, 4, 16])
+def test_attention(dtype: torch.dtype, tile: int, dim: int, ratio: int) -> None:
+    spans = [(130, 1 if tile == 1 else 170), (0, 1), (1000, 1 if tile == 1 else 3)]
+    for density, tokens, windows, softcap in ((1.0, 0, (), 0.0), (0.4, 70, WINDOWS, 0.0), (0.5, 9, WINDOWS, 4.0)):
+        case = make_case(
+            spans, tile=tile, dim=dim, ratio=ratio, dtype=dtype, density=density, tokens=tokens, windows=windows
+        ).to("cuda")
+        sinks = torch.randn(case.q.shape[1], device="cuda") if softcap else None
+        out, lse = case.blank()
+        kernel = paged_decode if tile == 1 else paged_prefill
+        kernel(case.q, case.kv, case.blocks, case.index, out, lse, scale=case.scale, softcap=softcap, sinks=sinks)
+        check(out, lse, reference(case, softcap, sinks), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_does_not_depend_on_neighbours(dtype: torch.dtype) -> None:
+    case = make_case([(past, 1) for past in (40, 600, 3000)], tile=1, dtype=dtype).to("cuda")
+    together, lse = case.blank()
+    paged_decode(case.q, case.kv, case.blocks, case.index, together, lse, scale=case.scale)
+    for n, row in enumerate(case.blocks.rows):
+        alone, _ = case.blank()
+        blocks, index = case.only(n)
+        paged_decode(case.q, case.kv, blocks, index, alone, lse, scale=case.scale)
+        assert torch.equal(alone[row.token], together[row.token])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [1, 64])
+def test_store(dtype: torch.dtype, tile: int) -> None:
+    case = make_case([(60, 1 if tile == 1 else 200), (5, 1)], tile=tile, dtype=dtype, dim=80, heads=(0, 2))
+    k, v = (torch.randn(5, case.q.shape[0], 80, dtype=dtype).transpose(0, 1) for _ in range(2))
+    there = case.to("cuda")
+    store(k.cuda(), v.cuda(), there.kv, there.blocks)
+    store_torch(k, v, case.kv, case.blocks)
+    for mine, theirs in ((there.kv.k, case.kv.k), (there.kv.v, case.kv.v)):
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_compact() -> None:
+    mask = torch.rand(4, 9, 3000) < 0.2
+    tokens = torch.where(mask, torch.arange(3000), -1).int()
+    for kernel, twin, given in ((compact, compact_torch, mask), (compact_tokens, compact_tokens_torch, tokens)):
+        mine, theirs = (x.cpu() for x in kernel(given.cuda())), twin(given)
+        total = int(theirs[1].sum())
+        for found, expected in zip(mine, theirs, strict=True):
+            assert torch.equal(found.flatten()[:total], expected.flatten()[:total])
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """A page whose elements lie more than 2**31 from the pool's beginning."""
+    pages, dim = 2**31 // (64 * 128) + 8, 128
+    pool = torch.zeros(1, pages, 64, dim, dtype=torch.bfloat16, device="cuda")
+    case = make_case([(0, 100)], tile=64, heads=(0,), dtype=torch.bfloat16, dim=dim).to("cuda")
+    table = case.kv.table + (pages - case.kv.k.shape[1])
+    k, v = pool, torch.zeros_like(pool)
+    k[:, -case.kv.k.shape[1] :], v[:, -case.kv.v.shape[1] :] = case.kv.k, case.kv.v
+    old = case.kv
+    kv = PagedKV(k, v, table, old.length, old.heads, old.sink, old.window, old.ratio)
+    out, lse = case.blank()
+    paged_prefill(case.q, kv, case.blocks, case.index, out, lse, scale=case.scale)
+    check(out, lse, reference(case), torch.bfloat16)
