@@ -172,9 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = Runs(options.model, options.dtype, options.rounds)
     runs.engine.start()
-    result: dict[str, Any] = {"provenance": provenance(), "dtype": options.dtype, "prefill": {}, "decode": {}}
-    for length in options.lengths:
-        result["prefill"][str(length)] = show(f"prompt of {length}", runs.prefill(length))
+    result: dict[str, Any] = {"provenance": provenance(), "dtype": options.dtype, "decode": {}}
     for count in (1, 4, 16):
         result["decode"][str(count)] = show(f"decode, {count} requests, generate one by one", runs.decode(count, False))
     result["decode_batched"] = {
@@ -183,6 +181,7 @@ def main() -> None:
     }
     result["total_16"] = show("prompts and answers of 16 requests, generate one by one", runs.total(16))
     result["overhead_16"] = show("decode step of 16 sequences", runs.overhead(16))
+    result["prefill"] = {str(n): show(f"prompt of {n}", runs.prefill(n)) for n in options.lengths}
     runs.engine.stop(0.0)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

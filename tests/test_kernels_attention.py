@@ -101,6 +101,12 @@ def test_many_sequences_in_one_call(tile: int) -> None:
         run(make_case(spans, tile=tile, heads=(1, 2, 4), layer_heads=6, same_heads=same_heads, shuffled=shuffled))
 
 
+@pytest.mark.parametrize("tile", [1, 64])
+def test_own_pages_and_single_tokens_before_them(tile: int) -> None:
+    """A run without gaps that is not all there is to read."""
+    run(make_case([(800, 1 if tile == 1 else 300)], tile=tile, density=0.0, tokens=200))
+
+
 @pytest.mark.parametrize("windows", [(), WINDOWS])
 def test_many_short_sequences_are_read_together(windows: tuple[tuple[int, int], ...]) -> None:
     spans = [(past, 1) for past in (0, 1, 5, 30, 62, 63, 64, 100, 126, 127, 128, 700)]
