@@ -362,7 +362,7 @@ def test_full_queues(checkpoint: Path, model: Model, monkeypatch: pytest.MonkeyP
         running = ask(engine, prompt(10))
         brake.wait()
         waiting = [ask(engine, prompt(10), n=n) for n in (1, 2)]
-        with pytest.raises(Overloaded, match="3 requests wait, the limit is 3") as refused:
+        with pytest.raises(Overloaded, match="3 requests wait, at most 3 may") as refused:
             ask(engine, prompt(10))
         assert refused.value.reason == "max_num_queued_reqs" and refused.value.retry_after >= 1
         waiting[0].ticket.cancel()  # type: ignore[union-attr]
@@ -381,7 +381,7 @@ def test_full_queues_of_tokens(checkpoint: Path, model: Model, monkeypatch: pyte
         long = ask(engine, prompt(120))
         brake.wait()
         assert engine.stats().pending_prefill_tokens == 120
-        with pytest.raises(Overloaded, match="120 prompt tokens wait, the limit is 150") as refused:
+        with pytest.raises(Overloaded, match="120 prompt tokens wait, at most 150 may") as refused:
             ask(engine, prompt(31))
         assert refused.value.reason == "max_num_queued_tokens"
         short = ask(engine, prompt(30))

@@ -216,7 +216,7 @@ def test_operating_points(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_longer_than_the_model(checkpoint: Path) -> None:
-    assert "2049 is more than the 2048 positions" in refused(checkpoint, max_model_len=2049)
+    assert "2049 exceeds the model's 2048 positions" in refused(checkpoint, max_model_len=2049)
 
 
 def test_memory_that_is_too_small(checkpoint: Path) -> None:

@@ -1,5 +1,6 @@
 """The task generator: exact lengths, right answers in the document, splits that share nothing, scores."""
 
+import random
 import re
 
 import pytest
@@ -109,12 +110,10 @@ def test_too_small_a_length_is_refused(filler: Filler) -> None:
     with pytest.raises(ValueError, match="empty"):
         Filler(["", "  "], encode)
     with pytest.raises(ValueError, match="keys asked for"):
-        Words(("red",), ("fox",)).keys(__import__("random").Random(0), 2)
+        Words(("red",), ("fox",)).keys(random.Random(0), 2)
 
 
 def test_filler_wraps_round_and_cuts_to_the_token(filler: Filler) -> None:
-    import random
-
     short = Filler(["one two three four five six seven"], encode)
     lines = short.take(random.Random(0), 100)
     assert 95 <= sum(len(encode(line)) for line in lines) <= 100

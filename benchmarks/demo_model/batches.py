@@ -19,6 +19,7 @@ MIXED = (
     Task("mixed_small", keys=4, repeated=0, chains=1, hops=3),
     Task("mixed_letters", keys=6, repeated=1, values=3, chains=1, letters=True),
     Task("many", keys=16),
+    Task("crowd", keys=40),
     Task("some", keys=6),
     Task("several", keys=12, together=3),
     Task("repeated", repeated=3, values=4),
@@ -106,7 +107,18 @@ def tasks_for(rng: random.Random, length: int) -> Task:
     if length <= 512:
         names = ["mixed_small", "some", "some", "links", "links_letters", "chain_letters"]
         return rng.choice([*(mixed[name] for name in names), TASKS["variables"], TASKS["pairs"], TASKS["pairs"]])
-    names = ["many", "many", "many", "some", "several", "mixed", "mixed_letters", "repeated", "chain_letters", "links"]
+    names = [
+        "many",
+        "crowd",
+        "crowd",
+        "some",
+        "several",
+        "mixed",
+        "mixed_letters",
+        "repeated",
+        "chain_letters",
+        "links",
+    ]
     plain = ["single", "pairs", "pairs", "pairs", "multiquery", "multivalue", "variables"]
     return rng.choice([*(mixed[name] for name in names), *(TASKS[name] for name in plain)])
 
@@ -136,8 +148,11 @@ def examples(source: Source, rng: random.Random, length: int, questions: int) ->
         if length <= 1024 and rng.random() < 0.2:
             yield repeats(source, rng, length)
             continue
-        room = length - min(questions * 40, length // 2)
-        yield source.example(tasks_for(rng, length), room, rng.randrange(1 << 40), questions)
+        room = length - min(questions * 32, length // 2)
+        try:
+            yield source.example(tasks_for(rng, length), room, rng.randrange(1 << 40), questions)
+        except ValueError:  # a task too large for this room: draw again
+            continue
 
 
 def pack(rows: list[Example], length: int, pad: int) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,8 @@ def documentation_files(root: Path) -> Iterator[tuple[str, str]]:
             or path.suffix in (".html", ".pdf")
         ):
             continue
-        raw = gzip.open(path).read(MOST_BYTES) if path.suffix == ".gz" else path.read_bytes()[:MOST_BYTES]
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(MOST_BYTES)
         if len(raw) > 2000 and b"\0" not in raw:
             yield f"debian/{name}", raw.decode("utf-8", errors="replace")
 

@@ -188,13 +188,13 @@ def run_step(trainer: Trainer, stage: Stage, source: Source, seed: str, rank: in
     shared, own = random.Random(f"{seed}/{trainer.total}"), random.Random(f"{seed}/{trainer.total}/{rank}")
     torch.manual_seed(own.randrange(1 << 40))
     length, count = shared.choice(stage.short)
-    stream = examples(source, own, length, max(4, length // 96))
+    stream = examples(source, own, length, length // 64)
     trainer.short([next(stream) for _ in range(count)], length)
     if stage.long:
         length, full = shared.choice(stage.long), shared.random() < stage.full
-        if not full and max(stage.long) > DOCUMENT and trainer.total % 16 == 0 or not trainer.stored:
+        if not trainer.stored or (not full and max(stage.long) > DOCUMENT and trainer.total % 16 == 0):
             trainer.store(source.text(own, max(stage.long)))
-        row = next(examples(source, own, length if full else min(length, DOCUMENT), 12))
+        row = next(examples(source, own, length if full else min(length, DOCUMENT), 24))
         trainer.long(row, length, full, own)
     trainer.update(rate_of(stage, trainer.step, trainer.total))
 
