@@ -118,7 +118,8 @@ class Trainer:
     def store(self, filler: list[int]) -> None:
         """Keep the keys and values of a long piece of filler, for `long` to set documents into."""
         tokens = torch.tensor([filler], device=self.device)
-        cache = self.model.model(tokens, use_cache=True, events=torch.arange(len(filler) - 64, len(filler))[None])
+        events = torch.arange(len(filler) - 64, len(filler), device=self.device)[None]
+        cache = self.model.model(tokens, use_cache=True, events=events)
         self.stored = [(layer.keys, layer.values) for layer in cache.past_key_values.layers]
 
     def _events(self, row: Example, rng: random.Random) -> Tensor:
