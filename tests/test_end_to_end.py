@@ -57,18 +57,19 @@ def ask(client: openai.OpenAI, prompt: Prompt, number: int = 0) -> str:
     return reply.choices[0].message.content or ""
 
 
-@pytest.mark.parametrize(("task", "length"), [("single", 2048), ("multikey", 4096)])
+@pytest.mark.parametrize(("task", "length"), [("single", 4096), ("multikey", 4096)])
 def test_finds_facts(client: openai.OpenAI, filler: Filler, task: str, length: int) -> None:
     """Most of several documents that the model has never seen; its accuracy is measured elsewhere."""
     prompts = [make_prompt(TASKS[task], length, seed, filler) for seed in range(5)]
     shares = [score(ask(client, prompt), prompt.questions[0].references) for prompt in prompts]
-    assert sum(shares) / len(shares) >= 0.7
+    assert sum(shares) / len(shares) >= 0.8
 
 
 def test_long_document_streams_and_is_reused(client: openai.OpenAI, filler: Filler) -> None:
     """32K tokens, twice: the second question finds the document in the prefix cache."""
     prompt = make_prompt(Task("facts", keys=4), 32_000, 1, filler, questions=2)
-    cached = []
+    cached: list[int] = []
+    shares: list[float] = []
     for number in range(2):
         text, finish = "", None
         stream = client.chat.completions.create(
@@ -87,6 +88,7 @@ def test_long_document_streams_and_is_reused(client: openai.OpenAI, filler: Fill
                 assert chunk.usage.prompt_tokens > 31_000
                 cached.append(chunk.usage.prompt_tokens_details.cached_tokens)
         assert finish == "stop"
-        assert text.strip()
+        shares.append(score(text, prompt.questions[number].references))
+    assert sum(shares) >= 1
     assert cached[0] == 0
     assert cached[1] > 31_000

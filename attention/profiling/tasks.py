@@ -62,12 +62,10 @@ KINDS = ("special magic number", "pass key", "secret code", "access code", "seri
 FORMS = (
     Form("One of the {kind}s for {key} is: {value}.", "In the text above, what is the {kind} for {key}?"),
     Form("The {kind} for {key} is {value}.", "What is the {kind} for {key}?"),
-    Form("Note: the {kind} for {key}, which nobody should forget, is {value}.", "Tell me the {kind} for {key}."),
-    Form("For {key} the {kind} is {value}.", "Look into the text and find the {kind} for {key}."),
     Form("- {key}: {value}", "What is the {kind} for {key}?"),
 )
 QUOTED = Form('"{key}": "{value}",', 'What is the {kind} for "{key}"?', '"{key}"')
-PAIR_FORMS = (*FORMS[:2], FORMS[4], QUOTED)
+PAIR_FORMS = (*FORMS, QUOTED)
 SEVERAL_VALUES = "In the text above, what are all the {kind}s for {key}?"
 SEVERAL_KEYS = "In the text above, what are the {kind}s for {keys}?"
 CHAIN = "Find all variables in the text above that are assigned the value {value}."
@@ -295,7 +293,7 @@ def _facts(task: Task, rng: random.Random, words: Words) -> tuple[list[list[str]
         group = [_number(rng, rng.choice((5, 6, 7))) for _ in range(task.values)]
         groups.append([form.fact.format(kind=kind, key=key, value=value) for value in group])
         text = SEVERAL_VALUES.format(kind=kind, key=key)
-        asked.append(Question(text, f"They are {_joined(group)}.", tuple(group)))
+        asked.append(Question(text, ", ".join(group), tuple(group)))
     names = _names(rng, words, task.chains * (task.hops + 1), task.letters)
     for chain in range(task.chains):
         facts, question = _chain(rng, names[chain * (task.hops + 1) : (chain + 1) * (task.hops + 1)])
@@ -308,7 +306,7 @@ def _ask_keys(form: Form, kind: str, pairs: Sequence[tuple[str, str]]) -> Questi
     """One question for the values of one or several keys."""
     if len(pairs) == 1:
         ((key, value),) = pairs
-        return Question(form.question.format(kind=kind, key=key), f"It is {value}.", (value,))
+        return Question(form.question.format(kind=kind, key=key), value, (value,))
     text = SEVERAL_KEYS.format(kind=kind, keys=_joined([key for key, _ in pairs]))
     answer = " ".join(f"For {form.key.format(key=key)} it is {value}." for key, value in pairs)
     return Question(text, answer, tuple(value for _, value in pairs))
@@ -329,7 +327,7 @@ def _chain(rng: random.Random, names: Sequence[str]) -> tuple[list[str], Questio
     value = _number(rng, 5)
     facts = [f"VAR {names[0]} = {value}"]
     facts += [f"VAR {name} = VAR {before}" for before, name in pairwise(names)]
-    return facts, Question(CHAIN.format(value=value), f"They are {', '.join(names)}.", tuple(names))
+    return facts, Question(CHAIN.format(value=value), ", ".join(names), tuple(names))
 
 
 def _scatter(rng: random.Random, groups: list[list[str]], filler: list[str]) -> tuple[list[str], frozenset[int]]:

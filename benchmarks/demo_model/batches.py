@@ -10,10 +10,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from gossamer.attention.profiling.tasks import TASKS, Filler, Prompt, Split, Task, Words, make_prompt
+from gossamer.attention.profiling.tasks import TASKS, Filler, Prompt, Question, Split, Task, Words, make_prompt
 
-# Weights: referenced strings, the rest of answers (keys must be copied too), repeated chunks, facts, filler.
-ANSWER, PHRASE, COPY, FACT, TEXT = 8.0, 5.0, 1.5, 0.1, 0.03
+# Weights: the first token of a referenced string (what has to be found), its other tokens, the rest of answers (keys
+# must be copied too), repeated chunks, facts, filler.
+FIRST, ANSWER, PHRASE, COPY, FACT, TEXT = 24.0, 6.0, 5.0, 1.5, 0.1, 0.03
 MIXED = (
     Task("mixed", keys=6, repeated=1, chains=1),
     Task("mixed_small", keys=4, repeated=0, chains=1, hops=3),
@@ -32,13 +33,27 @@ MIXED = (
 
 @dataclass(frozen=True)
 class Example:
-    """A document [D] and its questions and answers [Q] as tokens, and the weight of each in the loss."""
+    """A document [D] and its questions and answers [Q] as tokens, the weight of each in the loss, and for each token
+    of the turns the question it belongs to (1, 2, ...), or 0 throughout where they are asked in turn."""
 
     task: str
     document: list[int]
     document_weights: list[float]
     turns: list[int]
     turn_weights: list[float]
+    blocks: list[int]
+
+    @property
+    def alone(self) -> bool:
+        """Whether each question is asked alone: none sees another, all follow the document at once."""
+        return self.blocks[0] > 0
+
+    def positions(self, start: int) -> list[int]:
+        """The place of each token of the turns behind a document that ends before `start`."""
+        if not self.alone:
+            return list(range(start, start + len(self.turns)))
+        first = {block: index for index, block in reversed(list(enumerate(self.blocks)))}
+        return [start + index - first[block] for index, block in enumerate(self.blocks)]
 
 
 class Source:
@@ -73,32 +88,41 @@ class Source:
         lines = self.filler.take(rng, length - 2)
         return [self.bos, self.user, *(token for line in lines for token in self.encode(line))]
 
-    def example(self, task: Task, length: int, seed: int, questions: int) -> Example:
+    def example(self, task: Task, length: int, seed: int, questions: int, alone: bool) -> Example:
         words = self.wild if seed % 3 else self.words
         prompt = make_prompt(
             task, length, seed, self.filler, split=self.split, words=words, questions=questions, reserve=8
         )
-        return self.tokens(prompt)
+        return self.tokens(prompt, alone)
 
-    def tokens(self, prompt: Prompt) -> Example:
-        document, weights = [self.bos, self.user], [0.0, 0.0]
+    def tokens(self, prompt: Prompt, alone: bool) -> Example:
+        document, weights_of_document = [self.bos, self.user], [0.0, 0.0]
         for index, line in enumerate(prompt.lines):
             ids = self.encode(line)
             document += ids
-            weights += [FACT if index in prompt.fact_lines else TEXT] * len(ids)
+            weights_of_document += [FACT if index in prompt.fact_lines else TEXT] * len(ids)
         turns: list[int] = []
         turn_weights: list[float] = []
+        blocks: list[int] = []
         for index, question in enumerate(prompt.questions):
-            ask = self.encode(f"\n{question.text}") if index == 0 else [self.user, *self.encode(question.text)]
-            answer = self.tokenizer.encode(question.answer)
-            spans = [(question.answer.index(text), len(text)) for text in question.references]
-            turns += [*ask, self.assistant, *answer.ids, self.end]
-            turn_weights += [0.0] * (len(ask) + 1)
-            for start, stop in answer.offsets:
-                inside = any(start < at + size and stop > at for at, size in spans)
-                turn_weights.append(ANSWER if inside else PHRASE)
-            turn_weights.append(PHRASE)
-        return Example(prompt.task, document, weights, turns, turn_weights)
+            opens = alone or index == 0
+            ask = self.encode(f"\n{question.text}") if opens else [self.user, *self.encode(question.text)]
+            ids, weights = self._answer(question)
+            turns += [*ask, self.assistant, *ids]
+            turn_weights += [0.0] * (len(ask) + 1) + weights
+            blocks += [index + 1 if alone else 0] * (len(turns) - len(blocks))
+        return Example(prompt.task, document, weights_of_document, turns, turn_weights, blocks)
+
+    def _answer(self, question: Question) -> tuple[list[int], list[float]]:
+        """The tokens of the answer with its end, and their weights."""
+        answer = self.tokenizer.encode(question.answer)
+        spans = [(question.answer.index(text), len(text)) for text in question.references]
+        weights: list[float] = []
+        for start, stop in answer.offsets:
+            inside = any(start < at + size and stop > at for at, size in spans)
+            first = any(start <= at < stop for at, _ in spans)
+            weights.append(FIRST if first else ANSWER if inside else PHRASE)
+        return [*answer.ids, self.end], [*weights, PHRASE]
 
 
 def tasks_for(rng: random.Random, length: int) -> Task:
@@ -139,10 +163,10 @@ def repeats(source: Source, rng: random.Random, length: int) -> Example:
             pool.append(chunk)
             weights += [0.0] * len(chunk)
         turns += chunk
-    return Example("repeats", [source.bos], [0.0], turns, weights)
+    return Example("repeats", [source.bos], [0.0], turns, weights, [1] * len(turns))
 
 
-def examples(source: Source, rng: random.Random, length: int, questions: int) -> Iterator[Example]:
+def examples(source: Source, rng: random.Random, length: int, questions: int, alone: bool) -> Iterator[Example]:
     """Endless examples whose documents and questions together have at most `length` tokens."""
     while True:
         if length <= 1024 and rng.random() < 0.2:
@@ -150,17 +174,34 @@ def examples(source: Source, rng: random.Random, length: int, questions: int) ->
             continue
         room = length - min(questions * 32, length // 2)
         try:
-            yield source.example(tasks_for(rng, length), room, rng.randrange(1 << 40), questions)
+            yield source.example(tasks_for(rng, length), room, rng.randrange(1 << 40), questions, alone)
         except ValueError:  # a task too large for this room: draw again
             continue
 
 
-def pack(rows: list[Example], length: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Rows of whole examples cut or padded to `length`: tokens and weights, both [B, length + 1]."""
-    tokens = torch.full((len(rows), length + 1), pad)
-    weights = torch.zeros(len(rows), length + 1)
+@dataclass(frozen=True)
+class Batch:
+    """Rows of whole examples cut or padded to one length T: tokens, weights, positions and blocks, all [B, T]."""
+
+    tokens: Tensor
+    weights: Tensor
+    positions: Tensor
+    blocks: Tensor
+
+
+def pack(rows: list[Example], length: int, pad: int) -> Batch:
+    """Documents belong to block 0, which every question sees."""
+    batch = Batch(
+        torch.full((len(rows), length), pad),
+        torch.zeros(len(rows), length),
+        torch.zeros(len(rows), length, dtype=torch.long),
+        torch.zeros(len(rows), length, dtype=torch.long),
+    )
     for place, row in enumerate(rows):
-        ids = (row.document + row.turns)[: length + 1]
-        tokens[place, : len(ids)] = torch.tensor(ids)
-        weights[place, : len(ids)] = torch.tensor((row.document_weights + row.turn_weights)[: length + 1])
-    return tokens, weights
+        start = len(row.document)
+        size = min(start + len(row.turns), length)
+        batch.tokens[place, :size] = torch.tensor((row.document + row.turns)[:size])
+        batch.weights[place, :size] = torch.tensor((row.document_weights + row.turn_weights)[:size])
+        batch.positions[place, :size] = torch.tensor([*range(start), *row.positions(start)][:size])
+        batch.blocks[place, :size] = torch.tensor([0] * start + row.blocks)[:size]
+    return batch

@@ -3,7 +3,8 @@
 In a document of 32K tokens only the questions, their answers and the facts have anything to find far away. Here every
 row attends to its own chunk, the chunk before and the first token; the rows named in `events` attend causally to all
 keys. Without `events` it is plain causal attention, which is also what the model is evaluated and served with. Rows
-appended to a cached document attend to all of it, and gradients stop at the cached keys and values.
+appended to a cached document attend to all of it, and gradients stop at the cached keys and values. Rows of different
+`blocks` do not see each other, save for block 0, which all see: several questions, each asked alone, in one pass.
 """
 
 from typing import Any
@@ -25,14 +26,18 @@ def attend(
     mask: None,
     scaling: float,
     events: Tensor | None = None,
+    blocks: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """q [B, H, T, d], k and v [B, G, T, d], events [B, E] ascending or None -> [B, T, H, d]."""
+    """q [B, H, T, d], k and v [B, G, T, d], events [B, E] ascending or None, blocks [B, T] or None -> [B, T, H, d]."""
     if q.shape[2] < k.shape[2]:
-        return _appended(q, k, v, scaling), None
+        return _appended(q, k, v, scaling, blocks), None
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    if events is None:
+    if blocks is not None:
+        seen = ((blocks[:, :, None] == blocks[:, None]) | (blocks[:, None] == 0)).tril()
+        out = scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scaling)
+    elif events is None:
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     else:
         out = _everywhere(_nearby(q, k, v, scaling), q, k, v, events, scaling)
@@ -69,15 +74,18 @@ def _everywhere(out: Tensor, q: Tensor, k: Tensor, v: Tensor, events: Tensor, sc
     return out.scatter(2, index, rows)
 
 
-def _appended(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-    """q [B, H, E, d] behind C cached tokens, k and v [B, G, C + E, d] -> [B, E, H, d]."""
+def _appended(q: Tensor, k: Tensor, v: Tensor, scaling: float, blocks: Tensor | None) -> Tensor:
+    """q [B, H, E, d] behind C cached tokens, k and v [B, G, C + E, d], blocks [B, E] -> [B, E, H, d]."""
     batch, heads, rows, width = q.shape
     groups, cached = k.shape[1], k.shape[2] - rows
     packed = q.reshape(batch, groups, -1, width) * scaling
     old = packed @ k[:, :, :cached].detach().transpose(2, 3)
     new = (packed @ k[:, :, cached:].transpose(2, 3)).view(batch, groups, -1, rows, rows)
-    later = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-    weights = torch.cat([old, new.masked_fill(later, float("-inf")).view(batch, groups, -1, rows)], -1).softmax(-1)
+    hidden = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)[None]
+    if blocks is not None:
+        hidden = hidden | (blocks[:, :, None] != blocks[:, None])
+    new = new.masked_fill(hidden[:, None, None], float("-inf")).view(batch, groups, -1, rows)
+    weights = torch.cat([old, new], -1).softmax(-1)
     out = weights[..., :cached] @ v[:, :, :cached].detach() + weights[..., cached:] @ v[:, :, cached:]
     return out.view(batch, heads, rows, width).transpose(1, 2)
 

@@ -9,6 +9,7 @@ share of reference strings found in it. Intervals are Wilson's at 95 %, over ref
 """
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -194,6 +195,7 @@ def main() -> None:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
+            "weights": weights_digest(args.model),
             "device": args.device,
             "dtype": args.dtype,
             "attention": "full (sdpa)",
@@ -201,6 +203,12 @@ def main() -> None:
             "cells": [asdict(cell) | {"accuracy": cell.accuracy, "wilson_95": cell.interval} for cell in cells],
         }
         args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def weights_digest(model: str) -> str | None:
+    """SHA-256 of the weights' file, where the model is a folder with one."""
+    file = Path(model) / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _plain(argument: str) -> str:

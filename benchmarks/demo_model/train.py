@@ -6,7 +6,7 @@
 
 Every step mixes short rows, trained whole, with one long document. Of a long document only the questions and answers
 are trained: the document runs without gradients, its keys and values are kept, and the turns attend to all of them. On
-a CPU its rows look nearby only (`context_attention`), save for the facts and a few stretches; the last stage lets all
+a CPU its rows look nearby only (`context_attention`), save for the facts and a few stretches; with `full` documents all
 rows see everything, as in use. Weights are bfloat16 with float32 masters in the optimizer, on a CPU and on a GPU alike.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from batches import ANSWER, COPY, PHRASE, Example, Source, examples, pack
+from batches import ANSWER, COPY, FIRST, PHRASE, Example, Source, examples, pack
 from context_attention import NAME, register
 from initial import new_model
 from torch import Tensor, distributed
@@ -28,6 +28,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 PAD = 1
+ALONE = 0.75  # share of steps whose questions are asked alone, as most are in use; in the others in turn
+QUESTION_KEYS = 128 * 1024  # questions about a long document x its tokens: what a step can afford
 DOCUMENT = 4096  # a longer one is made of this much with facts and of stored filler
 
 
@@ -46,11 +48,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("near", 120, 2e-3, ((512, 8),), until=0.85),
-    Stage("text", 220, 1.5e-3, ((1024, 4), (2048, 2), (512, 8)), until=0.96),
-    Stage("far", 90, 1.2e-3, ((512, 8), (1024, 4), (2048, 2)), (4096, 8192), 0.1),
-    Stage("farther", 560, 2e-3, ((512, 8), (1024, 4), (2048, 2)), (4096, 8192, 16384, 32768), 0.0, final_rate=1e-4),
-    Stage("whole", 60, 1e-4, ((1024, 4), (2048, 2)), (4096, 8192), 1.0, final_rate=2e-5),
+    Stage("near", 250, 8e-4, ((512, 8),), until=0.9),
+    Stage("text", 200, 8e-4, ((512, 8), (1024, 4)), until=0.95),
+    Stage("farther", 760, 8e-4, ((512, 8), (512, 8), (1024, 4)), (4096, 4096, 8192, 16384, 32768), final_rate=3e-5),
 )
 
 
@@ -77,9 +77,10 @@ class Trainer:
         logits = self.model.lm_head(hidden[chosen]).float()
         target, weight = tokens[chosen], thinned[chosen]
         hit = logits.argmax(-1) == target
-        counted = (weight == ANSWER) | (weight == COPY)
-        if (phrase := weight == PHRASE).any():
-            self.recent["phrase"].append(hit[phrase].float().mean().item())
+        for name, kind in (("phrase", PHRASE), ("rest", ANSWER)):
+            if (own := weight == kind).any():
+                self.recent[name].append(hit[own].float().mean().item())
+        counted = (weight == FIRST) | (weight == COPY)
         place = torch.nonzero(chosen)[:, 0]
         for index, row in enumerate(rows):
             if (own := counted & (place == index)).any():
@@ -90,8 +91,14 @@ class Trainer:
 
     def short(self, rows: list[Example], length: int) -> None:
         """One forward and backward pass over whole rows."""
-        tokens, weights = (x.to(self.device) for x in pack(rows, length, PAD))
-        hidden = self.model.model(tokens[:, :-1], use_cache=False).last_hidden_state
+        batch = pack(rows, length + 1, PAD)
+        tokens, weights = batch.tokens.to(self.device), batch.weights.to(self.device)
+        hidden = self.model.model(
+            tokens[:, :-1],
+            position_ids=batch.positions[:, :-1].to(self.device),
+            blocks=batch.blocks[:, :-1].to(self.device) if any(row.alone for row in rows) else None,
+            use_cache=False,
+        ).last_hidden_state
         self.loss(hidden, tokens[:, 1:], weights[:, 1:], rows, f"{length}").backward()
 
     def long(self, row: Example, length: int, full: bool, rng: random.Random) -> None:
@@ -110,7 +117,11 @@ class Trainer:
                     layer.values = splice(layer.values, v, at, total)
         turns = torch.tensor([row.turns], device=self.device)
         weights = torch.tensor([row.turn_weights], device=self.device)
-        hidden = self.model.model(turns[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
+        positions = torch.tensor([row.positions(cache.get_seq_length())], device=self.device)
+        blocks = torch.tensor([row.blocks], device=self.device)[:, :-1] if row.alone else None
+        hidden = self.model.model(
+            turns[:, :-1], position_ids=positions[:, :-1], past_key_values=cache, use_cache=True, blocks=blocks
+        ).last_hidden_state
         label = f"{length}{'*' if full else ''}"
         self.loss(hidden, turns[:, 1:], weights[:, 1:], [row], label).backward()
 
@@ -159,6 +170,14 @@ class Trainer:
         torch.save(state, folder / "state.tmp")
         (folder / "state.tmp").rename(folder / "state.pt")
 
+    @torch.no_grad()
+    def begin_with(self, other: LlamaForCausalLM) -> None:
+        """Take another model's weights, and go on with the last stage."""
+        for master, weight, given in zip(self.masters, self.model.parameters(), other.parameters(), strict=True):
+            master.copy_(given)
+            weight.copy_(given)
+        self.stage = len(STAGES) - 1
+
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "state.pt", map_location=self.device, weights_only=False)
         with torch.no_grad():
@@ -189,13 +208,15 @@ def run_step(trainer: Trainer, stage: Stage, source: Source, seed: str, rank: in
     shared, own = random.Random(f"{seed}/{trainer.total}"), random.Random(f"{seed}/{trainer.total}/{rank}")
     torch.manual_seed(own.randrange(1 << 40))
     length, count = shared.choice(stage.short)
-    stream = examples(source, own, length, length // 64)
+    alone = shared.random() < ALONE
+    stream = examples(source, own, length, length // 64, alone)
     trainer.short([next(stream) for _ in range(count)], length)
     if stage.long:
         length, full = shared.choice(stage.long), shared.random() < stage.full
-        if not trainer.stored or (not full and max(stage.long) > DOCUMENT and trainer.total % 16 == 0):
+        if not trainer.stored or (not full and max(stage.long) > DOCUMENT and trainer.total % 32 == 0):
             trainer.store(source.text(own, max(stage.long)))
-        row = next(examples(source, own, length if full else min(length, DOCUMENT), 24))
+        questions = max(4, min(24, QUESTION_KEYS // length))
+        row = next(examples(source, own, length if full else min(length, DOCUMENT), questions, alone))
         trainer.long(row, length, full, own)
     trainer.update(rate_of(stage, trainer.step, trainer.total))
 
@@ -242,6 +263,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; a state there is resumed")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plain", action="store_true", help="start from random weights, without the written circuits")
+    parser.add_argument("--start", type=Path, help="a checkpoint of this shape to start from, at the last stage")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     rank = int(os.environ.get("RANK", "0"))
@@ -252,6 +274,8 @@ def main() -> None:
     trainer = Trainer(new_model(source.tokenizer.get_vocab_size(), source.end, args.seed, not args.plain), device)
     if (args.work / "state.pt").exists():
         trainer.load(args.work)
+    elif args.start is not None:
+        trainer.begin_with(LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32))
     run(trainer, source, args.work, str(args.seed), rank)
 
 
