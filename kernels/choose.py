@@ -1,0 +1,106 @@
+"""From scores to what is kept of them: the largest few of each row, or the largest that hold a share of its mass.
+
+A row's entries are float32 and not negative; nothing here keeps an entry that is 0. Sums are in float64, so that the
+order of the terms does not decide who is kept, and a row's answer depends on that row alone.
+"""
+
+import torch
+from torch import Tensor
+
+PIECE = 1 << 20  # entries that are sorted at once
+
+
+def choose_count(mass: Tensor, keep: Tensor) -> Tensor:
+    """mass [..., L] float32, keep [...] int32 (or what broadcasts to it) -> [..., L] bool.
+
+    In each row the `keep` largest entries that are > 0; of equal entries those with the lower index.
+    """
+    keep = keep.expand(mass.shape[:-1])
+    if mass.is_cuda:
+        from gossamer.kernels.triton.choose import launch_count
+
+        return launch_count(mass, keep)
+    return choose_count_torch(mass, keep)
+
+
+def choose_count_torch(mass: Tensor, keep: Tensor) -> Tensor:
+    """What choose_count means; also how the CPU runs it."""
+    rows, wanted = _rows(mass), keep.reshape(-1, 1).long()
+    mask = torch.zeros(rows.shape, dtype=torch.bool)
+    step = _rows_at_once(mass)
+    for row, k, chosen in zip(rows.split(step), wanted.split(step), mask.split(step), strict=True):
+        k = torch.minimum(k.clamp(min=0), (row > 0).sum(-1, keepdim=True))
+        most = int(k.max()) if row.numel() else 0
+        if most == 0:
+            continue
+        least = row.topk(most).values.gather(-1, (k - 1).clamp(min=0))  # the last entry that is kept
+        above, equal = row > least, row == least
+        spare = k - above.sum(-1, keepdim=True)
+        chosen.copy_(above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= spare)))
+    return mask.view(mass.shape)
+
+
+def choose_mass(mass: Tensor, share: float) -> Tensor:
+    """mass [..., L] float32 -> [..., L] bool: in each row the entries >= t, where t is the largest for which they add
+    up to at least `share` of the row's sum. Equal entries are kept or left together; share 1 keeps all that are > 0,
+    share 0 none."""
+    assert 0 <= share <= 1
+    if share in (0, 1):  # 1: a sum may round to the whole before the smallest entry is in it
+        return (mass > 0) & (share == 1)
+    if mass.is_cuda:
+        from gossamer.kernels.triton.choose import launch_mass
+
+        return launch_mass(mass, share)
+    return choose_mass_torch(mass, share)
+
+
+def choose_mass_torch(mass: Tensor, share: float) -> Tensor:
+    """What choose_mass means for a share between 0 and 1; also how the CPU runs it."""
+    rows = _rows(mass)
+    mask = torch.zeros(rows.shape, dtype=torch.bool)
+    step = _rows_at_once(mass)
+    for row, chosen in zip(rows.split(step), mask.split(step), strict=True):
+        if row.numel() == 0:
+            continue
+        falling = row.sort(-1, descending=True).values
+        sums = falling.cumsum(-1, dtype=torch.float64)
+        last = (sums < sums[:, -1:] * share).sum(-1, keepdim=True)  # the first entry that makes it enough
+        chosen.copy_((row >= falling.gather(-1, last)) & (row > 0))
+    return mask.view(mass.shape)
+
+
+def choose_tokens(mass: Tensor, most: int, share: float) -> Tensor:
+    """mass [..., K] float32 -> [..., min(most, K)] int32: positions, ascending, -1 behind the last.
+
+    In each row the `most` largest entries that are > 0 (of equal ones the lower index), taken from the largest on and
+    only until they add up to `share` of the row's sum; share 1 takes `most` whatever they add up to, share 0 none.
+    """
+    assert 0 <= share <= 1 and most >= 0
+    width = mass.shape[-1]
+    rows, k = _rows(mass), min(most, width)
+    found = torch.full((rows.shape[0], k), -1, dtype=torch.int32, device=mass.device)
+    if found.numel() == 0 or share == 0:
+        return found.view(*mass.shape[:-1], k)
+    step = _rows_at_once(mass)
+    rank = torch.arange(width - 1, -1, -1, device=mass.device)  # of equal entries the lower index is the larger
+    for row, to in zip(rows.split(step), found.split(step), strict=True):
+        # A float that is not negative and its bits are in the same order, and with the index no two keys are equal.
+        keys = (row.view(torch.int32).clamp(min=0).long() << 32) | rank
+        position = width - 1 - (keys.topk(k).values & 0xFFFFFFFF)
+        taken = row.gather(-1, position)
+        keep = taken > 0
+        if share < 1:
+            before = taken.cumsum(-1, dtype=torch.float64)[:, :-1]
+            keep[:, 1:] &= before < row.sum(-1, keepdim=True, dtype=torch.float64) * share
+        position = torch.where(keep, position, width).sort(-1).values
+        to.copy_(torch.where(position < width, position, -1))
+    return found.view(*mass.shape[:-1], k)
+
+
+def _rows(mass: Tensor) -> Tensor:
+    assert mass.dtype == torch.float32
+    return mass.contiguous().view(mass.shape[:-1].numel(), mass.shape[-1])
+
+
+def _rows_at_once(mass: Tensor) -> int:
+    return max(1, PIECE // max(1, mass.shape[-1]))

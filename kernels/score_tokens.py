@@ -1,0 +1,52 @@
+"""How much of a query block's attention each past token would get, judged by a few channels of its key."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gossamer.kernels.layout import PagedKV, QueryBlocks
+from gossamer.kernels.score_pages import mass_torch
+
+
+def label_mass(
+    q: Tensor, kv: PagedKV, blocks: QueryBlocks, labels: Tensor, channels: Tensor, *, scale: float
+) -> Tensor:
+    """Mass, as in score_pages but of the tokens of past pages, by labels: what a token's key holds in the channels of
+    its head. logit = scale * sum_j q[channels[g, j]] * label_j; a channel of -1 does not count.
+
+    q [T, H, D], labels [G, P, S, r] (any strides, unit in D and r), channels [G, r] int32 -> [G, N, L * S] float32.
+    """
+    if q.is_cuda:
+        from gossamer.kernels.triton.score_tokens import launch
+
+        return launch(q, kv, blocks, labels, channels, scale=scale)
+    return label_mass_torch(q, kv, blocks, labels, channels, scale=scale)
+
+
+def label_mass_torch(
+    q: Tensor, kv: PagedKV, blocks: QueryBlocks, labels: Tensor, channels: Tensor, *, scale: float
+) -> Tensor:
+    """What label_mass means; also how the CPU runs it."""
+    return mass_torch(q, kv, blocks, _Labels(labels, channels.long()), scale=scale)
+
+
+@dataclass(frozen=True, slots=True)
+class _Labels:
+    table: Tensor  # [G, P, S, r]
+    channels: Tensor  # [G, r] int64
+
+    @property
+    def per_page(self) -> int:
+        return self.table.shape[2]
+
+    @property
+    def floats(self) -> int:
+        return self.table.shape[3]
+
+    def keys(self, own: slice, physical: Tensor) -> Tensor:
+        labels = self.table[own].index_select(1, physical).float().flatten(1, 2)
+        return labels.masked_fill_(self.channels[own, None] < 0, 0.0)[:, None]
+
+    def queries(self, own: slice, q: Tensor) -> Tensor:
+        channels = self.channels[own, None].expand(-1, q.shape[1], -1)
+        return q.gather(2, channels.clamp_min(0))

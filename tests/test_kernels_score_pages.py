@@ -1,0 +1,170 @@
+"""page_mass and bound_mass: the torch forms against the definition in float64, the Triton kernels against those."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mass_cases import (
+    SCALE,
+    MassCase,
+    bound_logits,
+    check_mass,
+    compiled_mass,
+    make_mass_case,
+    page_logits,
+    reference_mass,
+)
+
+from gossamer.kernels import score_pages
+from gossamer.kernels.layout import PagedKV, QueryBlocks
+from gossamer.kernels.score_pages import bound_mass, page_mass
+
+
+def check_both(case: MassCase, stretches: int = 4) -> None:
+    keys, bounds = case.table(case.q.shape[2]), case.bounds(stretches)
+    given = (case.q, case.kv, case.blocks)
+    check_mass(page_mass(*given, keys, scale=SCALE), reference_mass(case, 1, page_logits(keys)))
+    check_mass(bound_mass(*given, bounds, scale=SCALE), reference_mass(case, 1, bound_logits(bounds)))
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("tile", [1, 32])
+def test_group_sizes(ratio: int, tile: int) -> None:
+    check_both(make_mass_case(ratio=ratio, tile=tile))
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_sizes_types_and_released_pages(dim: int, released: bool, dtype: torch.dtype) -> None:
+    for tile in (1, 64):
+        check_both(make_mass_case(dim=dim, released=released, dtype=dtype, tile=tile), stretches=2)
+
+
+@pytest.mark.parametrize("part", [1, 700, 5000])
+@pytest.mark.parametrize("gathered", [1, 2000])
+def test_parts_of_any_size(monkeypatch: pytest.MonkeyPatch, part: int, gathered: int) -> None:
+    monkeypatch.setattr(score_pages, "PART", part)
+    monkeypatch.setattr(score_pages, "GATHERED", gathered)
+    check_both(make_mass_case([(100, 200), (0, 33), (230, 3)], released=True))
+
+
+def test_mass_of_a_block_adds_up_to_one_and_is_zero_without_a_past() -> None:
+    case = make_mass_case(((0, 200), (10, 30), (200, 30)))
+    mass = page_mass(case.q, case.kv, case.blocks, case.table(64), scale=SCALE)
+    expected = [float(row.pos // 32 * 32 >= 64) for row in case.blocks.rows]
+    assert 0.0 in expected and 1.0 in expected
+    torch.testing.assert_close(mass.sum(-1), torch.tensor(expected).expand(2, -1))
+
+
+def test_some_of_the_tiles_in_any_order() -> None:
+    case = make_mass_case()
+    keys = case.table(64)
+    whole = page_mass(case.q, case.kv, case.blocks, keys, scale=SCALE)
+    own = [3, 0, 1, 5, 6, 2]
+    mass = page_mass(case.q, case.kv, case.blocks.take(own), keys, scale=SCALE)
+    torch.testing.assert_close(mass, whole[:, own])
+
+
+def test_no_tiles() -> None:
+    case = make_mass_case()
+    blocks = QueryBlocks.of(32, [])
+    assert page_mass(case.q, case.kv, blocks, case.table(64), scale=SCALE).shape == (2, 0, case.kv.table.shape[1])
+
+
+def test_queries_and_keys_of_a_gate_may_be_of_another_size_than_the_heads() -> None:
+    case = make_mass_case(dim=64)
+    q = torch.randn(*case.q.shape[:2], 24)
+    gate = MassCase(q.transpose(0, 1).contiguous().transpose(0, 1), case.kv, case.blocks, case.full)
+    keys = gate.table(24, dtype=torch.bfloat16)
+    expected = reference_mass(gate, 1, page_logits(keys))
+    check_mass(page_mass(gate.q, gate.kv, gate.blocks, keys, scale=SCALE), expected)
+
+
+def test_triton_kernels_equal_their_torch_forms_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    here = Path(__file__).parent
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / "scores_interpreted.py")],
+        cwd=here.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+
+
+COMPILED = [  # capability, type, head size, queries of a block, heads of a group, stretches with bounds
+    *((capability, "bf16", 128, 16, 8, 0) for capability in (80, 90, 100)),
+    (80, "bf16", 96, 42, 3, 4),
+    (90, "bf16", 64, 1, 8, 4),
+    (100, "bf16", 128, 16, 8, 4),
+    (90, "fp32", 128, 16, 8, 4),
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "dim", "size", "ratio", "subs"), COMPILED)
+def test_compiles_ahead_of_time(capability: int, dtype: str, dim: int, size: int, ratio: int, subs: int) -> None:
+    pytest.importorskip("triton")
+    from test_kernels_compile import hold
+
+    from gossamer.kernels.triton import score_pages as kernels
+
+    options = kernels.tile(dim, 4 if dtype == "fp32" else 2, size, ratio, bounds=subs > 0)
+    flags = {"PIECE": kernels.PIECE, "CHUNK": kernels.CHUNK, "PAGE": 64, "PER_PAGE": 1, "RELEASED": -1}
+    options |= flags | {"DIM": dim, "CHANNELS": False, "SUBS": subs}
+    for kernel in (kernels._sum_pieces, kernels._share_columns):
+        machine = compiled_mass(kernel, capability, dtype, options)
+        hold(machine, capability)
+        if capability == 90 and options["M"] >= 64:
+            assert "wgmma.mma_async" in machine.asm["ptx"]
+    hold(compiled_mass(kernels._normalise, capability, dtype, flags | {"COLUMNS": options["COLUMNS"]}), capability)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize(("tile", "ratio"), [(1, 1), (1, 8), (16, 8), (32, 3), (64, 2), (128, 1), (8, 16)])
+def test_on_a_gpu(dtype: torch.dtype, dim: int, tile: int, ratio: int) -> None:
+    for released in (False, True):
+        case = make_mass_case(tile=tile, ratio=ratio, dim=dim, dtype=dtype, released=released)
+        keys, bounds = case.table(dim), case.bounds(4)
+        mass = page_mass(*case.cuda(), keys.cuda(), scale=SCALE)
+        check_mass(mass, reference_mass(case, 1, page_logits(keys)), 1e-4)
+        mass = bound_mass(*case.cuda(), bounds.cuda(), scale=SCALE)
+        check_mass(mass, reference_mass(case, 1, bound_logits(bounds)), 1e-4)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_block_does_not_depend_on_its_neighbours() -> None:
+    case = make_mass_case([(3000, 1), (700, 1), (9000, 1)], tile=1, dtype=torch.bfloat16)
+    (q, kv, blocks), keys = case.cuda(), case.table(64).cuda()
+    together = page_mass(q, kv, blocks, keys, scale=SCALE)
+    for n in range(len(blocks)):
+        alone = page_mass(q, kv, blocks.take([n]), keys, scale=SCALE)
+        assert torch.equal(alone[:, 0], together[:, n])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_offsets_beyond_32_bits() -> None:
+    """A page whose key lies more than 2**31 numbers from the table's beginning."""
+    case = make_mass_case(heads=(0,), dim=128, dtype=torch.bfloat16)
+    (q, kv, blocks), keys = case.cuda(), case.table(128)
+    shift = 2**31 // 128 + 8
+    table = torch.zeros(1, shift + keys.shape[1], 128, dtype=keys.dtype, device="cuda")
+    table[:, shift:] = keys.cuda()
+    far = PagedKV(
+        kv.k,
+        kv.v,
+        torch.where(kv.table < 0, kv.table, kv.table + shift),
+        kv.length,
+        kv.heads,
+        kv.sink,
+        kv.window,
+        kv.ratio,
+    )
+    check_mass(page_mass(q, far, blocks, table, scale=SCALE), reference_mass(case, 1, page_logits(keys)), 1e-4)

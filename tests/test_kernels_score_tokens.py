@@ -1,0 +1,121 @@
+"""label_mass: the torch form against the definition in float64, the Triton kernel against that."""
+
+import pytest
+import torch
+from mass_cases import (
+    SCALE,
+    MassCase,
+    check_mass,
+    compiled_mass,
+    label_logits,
+    make_mass_case,
+    reference_mass,
+)
+from torch import Tensor
+
+from gossamer.kernels import score_pages
+from gossamer.kernels.layout import QueryBlocks
+from gossamer.kernels.score_tokens import label_mass
+
+# Each head has its own channels, one of them at the end of its list one too few.
+CHANNELS = torch.tensor([[3, 40, 17, 0, 63, 9], [50, 2, 33, 8, 21, -1]], dtype=torch.int32)
+
+
+def labels_of(case: MassCase, dtype: torch.dtype | None = None) -> Tensor:
+    return case.table(64, CHANNELS.shape[1], dtype=dtype)
+
+
+def check(case: MassCase) -> None:
+    labels = labels_of(case)
+    found = label_mass(case.q, case.kv, case.blocks, labels, CHANNELS, scale=SCALE)
+    check_mass(found, reference_mass(case, 64, label_logits(labels, CHANNELS)))
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("tile", [1, 32])
+def test_group_sizes(ratio: int, tile: int) -> None:
+    check(make_mass_case(ratio=ratio, tile=tile))
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_sizes_types_and_released_pages(dim: int, released: bool, dtype: torch.dtype) -> None:
+    for tile in (1, 64):
+        check(make_mass_case(dim=dim, released=released, dtype=dtype, tile=tile))
+
+
+@pytest.mark.parametrize("part", [1, 9000, 50000])
+@pytest.mark.parametrize("gathered", [1, 2000])
+def test_parts_of_any_size(monkeypatch: pytest.MonkeyPatch, part: int, gathered: int) -> None:
+    monkeypatch.setattr(score_pages, "PART", part)
+    monkeypatch.setattr(score_pages, "GATHERED", gathered)
+    check(make_mass_case([(100, 200), (0, 33), (230, 3)], released=True))
+
+
+def test_a_channel_of_none_does_not_count_whatever_its_label() -> None:
+    case = make_mass_case()
+    labels = labels_of(case)
+    labels[1, ..., -1] = float("nan")
+    found = label_mass(case.q, case.kv, case.blocks, labels, CHANNELS, scale=SCALE)
+    check_mass(found, reference_mass(case, 64, label_logits(labels, CHANNELS)))
+
+
+def test_labels_of_all_channels_give_the_softmax_of_the_attention() -> None:
+    case = make_mass_case([(256, 1)] * 3, tile=1, ratio=1, heads=(0,))
+    labels = case.kv.k  # a page's labels are its keys when every channel is one
+    channels = torch.arange(64, dtype=torch.int32)[None]
+    found = label_mass(case.q, case.kv, case.blocks, labels, channels, scale=SCALE)
+    for n, row in enumerate(case.blocks.rows):
+        keys = case.kv.k[0, case.kv.table[row.seq, :4].long()].flatten(0, 1)
+        torch.testing.assert_close(found[0, n, :256], (SCALE * keys @ case.q[row.token, 0]).softmax(0))
+
+
+def test_no_tiles() -> None:
+    case = make_mass_case()
+    found = label_mass(case.q, case.kv, QueryBlocks.of(32, []), labels_of(case), CHANNELS, scale=SCALE)
+    assert found.shape == (2, 0, case.kv.table.shape[1] * 64)
+
+
+COMPILED = [  # capability, type, channels, queries of a block, heads of a group
+    (80, "bf16", 8, 42, 3),
+    (90, "bf16", 32, 1, 8),
+    (100, "bf16", 16, 16, 8),
+    (90, "fp32", 32, 16, 8),
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "dim", "size", "ratio"), COMPILED)
+def test_compiles_ahead_of_time(capability: int, dtype: str, dim: int, size: int, ratio: int) -> None:
+    pytest.importorskip("triton")
+    from test_kernels_compile import hold
+
+    from gossamer.kernels.triton import score_pages as kernels
+
+    options = kernels.tile(dim, 4 if dtype == "fp32" else 2, size, ratio)
+    options |= {"PIECE": kernels.PIECE, "PAGE": 64, "PER_PAGE": 64, "RELEASED": -1}
+    options |= {"DIM": dim, "CHANNELS": True, "SUBS": 0}
+    for kernel in (kernels._sum_pieces, kernels._share_columns):
+        hold(compiled_mass(kernel, capability, dtype, options), capability)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize(("tile", "ratio"), [(1, 1), (1, 8), (16, 8), (32, 3), (64, 2), (128, 1), (8, 16)])
+def test_on_a_gpu(dtype: torch.dtype, dim: int, tile: int, ratio: int) -> None:
+    for released in (False, True):
+        case = make_mass_case(tile=tile, ratio=ratio, dim=dim, dtype=dtype, released=released)
+        labels = labels_of(case)
+        found = label_mass(*case.cuda(), labels.cuda(), CHANNELS.cuda(), scale=SCALE)
+        check_mass(found, reference_mass(case, 64, label_logits(labels, CHANNELS)), 1e-4)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_block_does_not_depend_on_its_neighbours() -> None:
+    case = make_mass_case([(3000, 1), (700, 1), (9000, 1)], tile=1, dtype=torch.bfloat16)
+    (q, kv, blocks), labels, channels = case.cuda(), labels_of(case).cuda(), CHANNELS.cuda()
+    together = label_mass(q, kv, blocks, labels, channels, scale=SCALE)
+    for n in range(len(blocks)):
+        alone = label_mass(q, kv, blocks.take([n]), labels, channels, scale=SCALE)
+        assert torch.equal(alone[:, 0], together[:, n])
