@@ -35,8 +35,9 @@ format: $(VENV)/installed-dev ## format the code and sort the imports
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
 
-docs: $(VENV)/installed ## write docs/configuration.md from the code
+docs: $(VENV)/installed ## write docs/configuration.md and docs/policy.schema.json from the code
 	@$(BIN)/python docs/write_configuration.py
+	@$(BIN)/python docs/write_policy_schema.py
 
 wheel: $(VENV)/installed ## build a wheel into dist/
 	@rm -rf build

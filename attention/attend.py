@@ -1,6 +1,7 @@
 """Store the new keys, select, attend: the function that transformers' layers call."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -8,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.attention.index import build_index
-from gossamer.attention.policy import HeadPolicy, OperatingPoint
-from gossamer.attention.selectors import Proposal, Selector
+from gossamer.attention.selectors import Dense, Proposal, Selector
 from gossamer.attention.step import Step
+from gossamer.kernels.dropped_pages import add_dropped_pages
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.kernels.store import store
+from gossamer.kvcache.summaries import MeanKeys, MeanValues
 
 
 def attend(
@@ -44,50 +46,109 @@ def attend(
     for group, kv in enumerate(step.views.layer(layer)):
         for blocks in step.blocks:
             store(k, v, kv, blocks)
+        if step.filled is not None:
+            for summary in step.views.summaries(layer)[group]:
+                summary.write(kv, step.filled)
         for blocks in step.blocks:
-            index = select(q, kv, blocks, step, layer, group)
+            began = time.perf_counter()
+            asked = _asked(step, layer, group, blocks)
+            index = select(q, kv, blocks, step, asked, scale)
+            step.reads.add(blocks, index)
+            selected = time.perf_counter()
             kernel = paged_decode if blocks.size == 1 else paged_prefill
             kernel(q, kv, blocks, index, out, lse, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
+            _correct(q, kv, blocks, index, asked, out, lse, scale, softcap or 0.0)
+            if not q.is_cuda:
+                step.reads.select_seconds += selected - began
+                step.reads.attend_seconds += time.perf_counter() - selected
     return out[None], None
 
 
-def select(q: Tensor, kv: PagedKV, blocks: QueryBlocks, step: Step, layer: int, group: int) -> SparseIndex:
-    """The index of one view's heads, as the policies of the sequences in the step ask for it."""
+Row = tuple[Selector, ...]  # one per head of a view
+Asked = dict[Row, tuple[int, ...] | None]  # which blocks each row of selectors is asked about; None for all
+
+DENSE = Dense()
+
+
+def _asked(step: Step, layer: int, group: int, blocks: QueryBlocks) -> Asked:
+    """What the policies of the sequences in the step ask of one view's heads. Blocks below a selector's length are
+    dense."""
     heads = step.views.heads(layer)[group]
-    asked = {point: _selectors(point.heads[layer], heads, blocks) for point in dict.fromkeys(step.points)}
-    if any(selector.reads_tensors for row in asked.values() for selector in row):
-        return build_index(_propose(q, kv, blocks, step, asked), kv, blocks)
-    key = (id(kv.table), blocks.size, tuple(asked.values()))
+    rows = {
+        point: tuple(
+            policies[head].decode if blocks.size == 1 else policies[head].prefill
+            for policies in (point.heads[layer],)
+            for head in heads
+        )
+        for point in dict.fromkeys(step.points)
+    }
+    if len(rows) == 1:
+        (only,) = rows.values()
+        if all(selector.above == 0 for selector in only):
+            return {only: None}
+    found: dict[Row, list[int]] = {}
+    for n, block in enumerate(blocks.rows):
+        origin = block.pos // blocks.size * blocks.size
+        row = tuple(s if s.above <= origin else DENSE for s in rows[step.points[block.seq]])
+        found.setdefault(row, []).append(n)
+    return {row: None if len(own) == len(blocks) else tuple(own) for row, own in found.items()}
+
+
+def select(q: Tensor, kv: PagedKV, blocks: QueryBlocks, step: Step, asked: Asked, scale: float) -> SparseIndex:
+    """The index of one view's heads."""
+    if any(selector.reads_tensors for row in asked for selector in row):
+        return build_index(_propose(q, kv, blocks, asked, scale), kv, blocks)
+    key = (id(kv.table), blocks.size, tuple(asked.items()))
     if key not in step.shared:
-        step.shared[key] = build_index(_propose(q, kv, blocks, step, asked), kv, blocks)
+        step.shared[key] = build_index(_propose(q, kv, blocks, asked, scale), kv, blocks)
     return step.shared[key]
 
 
-def _selectors(policies: Sequence[HeadPolicy], heads: Sequence[int], blocks: QueryBlocks) -> tuple[Selector, ...]:
-    """One selector per head of the view."""
-    return tuple(policies[head].decode if blocks.size == 1 else policies[head].prefill for head in heads)
+def _runs(row: Row) -> Iterator[tuple[Selector, slice]]:
+    """Neighbouring heads with one selector."""
+    for selector, run in groupby(range(len(row)), key=row.__getitem__):
+        first, *rest = run
+        yield selector, slice(first, first + 1 + len(rest))
 
 
-def _propose(
-    q: Tensor, kv: PagedKV, blocks: QueryBlocks, step: Step, asked: Mapping[OperatingPoint, tuple[Selector, ...]]
-) -> Proposal:
+def _propose(q: Tensor, kv: PagedKV, blocks: QueryBlocks, asked: Asked, scale: float) -> Proposal:
     """Ask each selector about its own heads and blocks. Most layers have one selector."""
-    if len(selectors := {selector for row in asked.values() for selector in row}) == 1:
-        return selectors.pop().propose(q, kv, blocks)
-    parts: list[tuple[slice, list[int], Proposal]] = []
-    for point, row in asked.items():
-        mine = [n for n, block in enumerate(blocks.rows) if step.points[block.seq] == point]
-        part = blocks if len(mine) == len(blocks) else blocks.take(mine)
-        for selector, run in groupby(range(len(row)), key=row.__getitem__):
-            first, *rest = run
-            own = slice(first, first + 1 + len(rest))
-            if mine:
-                parts.append((own, mine, selector.propose(q, kv.only(own), part)))
+    if len(selectors := {selector for row in asked for selector in row}) == 1:
+        return selectors.pop().propose(q, kv, blocks, scale)
+    parts: list[tuple[slice, tuple[int, ...], Proposal]] = []
+    for row, mine in asked.items():
+        part = blocks if mine is None else blocks.take(mine)
+        places = tuple(range(len(blocks))) if mine is None else mine
+        for selector, own in _runs(row):
+            parts.append((own, places, selector.propose(q, kv.only(own), part, scale)))
     return _assemble(parts, (len(kv.heads), len(blocks), kv.table.shape[1]), kv.table.device)
 
 
+def _correct(
+    q: Tensor,
+    kv: PagedKV,
+    blocks: QueryBlocks,
+    index: SparseIndex,
+    asked: Asked,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float,
+) -> None:
+    """Let dropped pages count through their means, for the heads whose selectors want that."""
+    for row, mine in asked.items():
+        for selector, own in _runs(row):
+            if not selector.corrects:
+                continue
+            part = blocks if mine is None else blocks.take(mine)
+            means = (kv.summaries[each.name][own] for each in (MeanKeys(), MeanValues()))
+            add_dropped_pages(
+                q, kv.only(own), part, index.only(own, mine), out, lse, *means, scale=scale, softcap=softcap
+            )
+
+
 def _assemble(
-    parts: Sequence[tuple[slice, list[int], Proposal]], shape: tuple[int, int, int], device: torch.device
+    parts: Sequence[tuple[slice, tuple[int, ...], Proposal]], shape: tuple[int, int, int], device: torch.device
 ) -> Proposal:
     """Proposals for some heads and blocks -> one for all, [G, N, L]."""
     pages = torch.zeros(shape, dtype=torch.bool, device=device)

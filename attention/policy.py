@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gossamer.attention.selectors import Dense, Selector
 from gossamer.kvcache.retention import KeepAll, KeepSinkRecent, Retention
+from gossamer.kvcache.summaries import Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,19 @@ class AttentionPolicy:
                 for head in range(len(self.points[0].heads[layer]))
             ]
             for layer in layers
+        ]
+
+    def summaries(self) -> list[list[tuple[Summary, ...]]]:
+        """[layer][kv_head], what has to be known of the head's full pages at any point."""
+        points = [point.heads for point in self.points]
+        return [
+            [
+                tuple(
+                    dict.fromkeys(each for head in column for s in (head.prefill, head.decode) for each in s.summaries)
+                )
+                for column in zip(*rows, strict=True)
+            ]
+            for rows in zip(*points, strict=True)
         ]
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 
+from gossamer.attention.artefacts import ArtefactError, Artefacts
 from gossamer.attention.policy import AttentionPolicy, HeadPolicy, OperatingPoint
-from gossamer.attention.selectors import Dense, Selector, SinkRecent
-from gossamer.kvcache.retention import KeepAll, KeepSinkRecent, Retention
+from gossamer.attention.policy_backends import HeadEntry, Strict
+from gossamer.attention.selectors import SinkRecent
+from gossamer.kvcache.retention import KeepSinkRecent
 
 VERSION = 1
 MOST_BYTES = 16 * 2**20
@@ -20,57 +22,6 @@ class PolicyError(Exception):
     """A policy file cannot be used. The message is one sentence that says what to do."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class DenseBackend(_Strict):
-    """Reads everything."""
-
-    backend: Literal["dense"]
-
-    def selector(self) -> Selector:
-        return Dense()
-
-
-class SinkRecentBackend(_Strict):
-    """Reads the first `sink` tokens and the last `recent`, rounded up to pages."""
-
-    backend: Literal["sink-recent"]
-    sink: int = Field(ge=0, le=2**30)
-    recent: int = Field(ge=1, le=2**30)
-
-    def selector(self) -> Selector:
-        return SinkRecent(self.sink, self.recent)
-
-
-Backend = Annotated[DenseBackend | SinkRecentBackend, Field(discriminator="backend")]
-
-
-class KeepEntry(_Strict):
-    """Tokens that stay in memory: the first `sink` and the last `recent`."""
-
-    sink: int = Field(ge=0, le=2**30)
-    recent: int = Field(ge=1, le=2**30)
-
-
-class HeadEntry(_Strict):
-    """What some heads do. A head with `keep` is a streaming head: the tokens in between give their memory back."""
-
-    prefill: Backend = DenseBackend(backend="dense")
-    decode: Backend = DenseBackend(backend="dense")
-    keep: Literal["all"] | KeepEntry = "all"
-
-    @field_validator("prefill", "decode", mode="before")
-    @classmethod
-    def _short(cls, value: Any) -> Any:
-        return {"backend": value} if isinstance(value, str) else value
-
-    def head_policy(self) -> HeadPolicy:
-        keep: Retention = KeepAll() if self.keep == "all" else KeepSinkRecent(self.keep.sink, self.keep.recent)
-        return HeadPolicy(self.prefill.selector(), self.decode.selector(), keep)
-
-
 class Row(HeadEntry):
     """A `HeadEntry` for some layers and KV heads: "all", one number, or ranges such as "0-3, 7"."""
 
@@ -78,14 +29,16 @@ class Row(HeadEntry):
     heads: str | int = "all"
 
 
-class PointEntry(_Strict):
-    """One operating point: the default entry, then rows; a later row wins over an earlier one."""
+class PointEntry(Strict):
+    """One operating point: the default entry, then rows; a later row wins over an earlier one. The first layers are
+    dense whatever these say."""
 
     default: HeadEntry = HeadEntry()
+    first_dense_layers: int = Field(default=0, ge=0, le=10_000)
     rows: tuple[Row, ...] = Field(default=(), max_length=100_000, strict=False)
 
 
-class ModelEntry(_Strict):
+class ModelEntry(Strict):
     """The model that the file was made for. What is left out is not checked."""
 
     name: str | None = None
@@ -96,14 +49,14 @@ class ModelEntry(_Strict):
     head_dim: int | None = None
 
 
-class Provenance(_Strict):
+class Provenance(Strict):
     """Where the numbers come from."""
 
     source: str  # "written by hand", "profiled", "imported"
     note: str = ""
 
 
-class PolicyFile(_Strict):
+class PolicyFile(Strict):
     """A whole file. The first operating point is the default."""
 
     gossamer_policy: Literal[1]
@@ -111,25 +64,49 @@ class PolicyFile(_Strict):
     model: ModelEntry
     provenance: Provenance
     points: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")], PointEntry] = Field(
-        min_length=1, max_length=16
+        min_length=1, max_length=16, json_schema_extra={"additionalProperties": False}
     )
 
-    def policy(self) -> AttentionPolicy:
-        """Every row written out. Raises PolicyError for rows that name heads the model has not."""
-        points = (self._point(name, entry) for name, entry in self.points.items())
+    def policy(self, artefacts: Artefacts) -> AttentionPolicy:
+        """Every row written out, with the files that it names. Raises PolicyError for rows that name heads the model
+        has not, and for files that cannot be used."""
+        points = (self._point(name, artefacts) for name in self.points)
         return AttentionPolicy(self.name, tuple(points))
 
-    def _point(self, name: str, entry: PointEntry) -> OperatingPoint:
-        layers, kv_heads = self.model.layers, self.model.kv_heads
-        default = _within_reach(entry.default.head_policy(), f"the default of operating point {name!r}")
-        heads = [[default] * kv_heads for _ in range(layers)]
+    def entries(self, point: str) -> list[list[tuple[HeadEntry, str]]]:
+        """[layer][kv_head], what the file says of the head at an operating point, and where it says so. Raises
+        PolicyError for rows that name heads the model has not."""
+        entry, layers, kv_heads = self.points[point], self.model.layers, self.model.kv_heads
+        said: list[list[tuple[HeadEntry, str]]] = [
+            [(entry.default, f"the default of operating point {point!r}")] * kv_heads for _ in range(layers)
+        ]
         for number, row in enumerate(entry.rows, 1):
-            where = f"row {number} of operating point {name!r}"
-            policy = _within_reach(row.head_policy(), where)
+            where = f"row {number} of operating point {point!r}"
             for layer in _numbers(row.layers, layers, "layer", where):
                 for head in _numbers(row.heads, kv_heads, "KV head", where):
-                    heads[layer][head] = policy
-        return OperatingPoint(name, tuple(tuple(layer) for layer in heads))
+                    said[layer][head] = row, where
+        first = min(entry.first_dense_layers, layers)
+        dense: tuple[HeadEntry, str] = HeadEntry(), f"the first dense layers of operating point {point!r}"
+        return [[dense] * kv_heads] * first + said[first:]
+
+    def _point(self, name: str, artefacts: Artefacts) -> OperatingPoint:
+        heads: list[tuple[HeadPolicy, ...]] = []
+        for layer, entries in enumerate(self.entries(name)):
+            made: dict[int, HeadPolicy] = {}
+            for head_entry, where in entries:
+                if id(head_entry) not in made:
+                    made[id(head_entry)] = self._head_policy(head_entry, where, layer, artefacts)
+            heads.append(tuple(made[id(head_entry)] for head_entry, _ in entries))
+        return OperatingPoint(name, tuple(heads))
+
+    def _head_policy(self, entry: HeadEntry, where: str, layer: int, artefacts: Artefacts) -> HeadPolicy:
+        try:
+            policy = entry.head_policy(layer, self.model.kv_heads, self.model.head_dim, artefacts)
+        except ArtefactError as error:
+            raise PolicyError(f"In {where}: {error}") from error
+        except ValueError as error:
+            raise PolicyError(f"In {where}: {str(error).rstrip('.')}.") from error
+        return _within_reach(policy, where)
 
 
 def load_policy_file(path: Path) -> PolicyFile:

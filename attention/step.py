@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 
 from gossamer.attention.policy import OperatingPoint
-from gossamer.kernels.layout import BlockRow, QueryBlocks, SparseIndex
+from gossamer.attention.reads import Reads
+from gossamer.kernels.layout import PAGE_SIZE, BlockRow, QueryBlocks, SparseIndex
 from gossamer.kvcache.cache import StepViews
+from gossamer.kvcache.summaries import FilledPages
 
 TILE_ROWS = 128  # query heads of one KV head x positions: what one prefill program computes
 
@@ -30,6 +32,8 @@ class Step:
     decode: QueryBlocks | None
     views: StepViews
     points: tuple[OperatingPoint, ...]
+    filled: FilledPages | None = None
+    reads: Reads = field(default_factory=Reads, compare=False, repr=False)
     shared: dict[Hashable, SparseIndex] = field(default_factory=dict, compare=False, repr=False)
     """Indices that depend on positions alone, made by the first layer that needs them and used by the others."""
 
@@ -69,4 +73,15 @@ def plan_step(
         QueryBlocks.of(1, single, device) if single else None,
         views,
         tuple(points),
+        _filled(spans, device),
     )
+
+
+def _filled(spans: Sequence[Span], device: torch.device | str) -> FilledPages | None:
+    """The pages that are full once the step's keys are stored, and were not before."""
+    pairs = [
+        (seq, page)
+        for seq, span in enumerate(spans)
+        for page in range(span.first // PAGE_SIZE, (span.first + span.new) // PAGE_SIZE)
+    ]
+    return FilledPages.of(pairs, device) if pairs else None

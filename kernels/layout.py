@@ -4,8 +4,8 @@ Letters: B sequences, T query tokens of a step, H query heads, G key/value heads
 P physical pages, L logical pages of the longest sequence, S tokens per page, D head size.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ class PagedKV:
     sink: Tensor  # [B, G] int32, tokens at the start that stay visible
     window: Tensor  # [B, G] int32, most recent tokens that are visible (own token included); UNLIMITED for all
     ratio: int  # query heads per KV head: query heads h * ratio ... h * ratio + ratio - 1 read KV head h
+    summaries: Mapping[str, Tensor] = field(default_factory=dict)  # [G, P, ...] each: what selectors know of full pages
 
     def __post_init__(self) -> None:
         assert self.k.shape == self.v.shape and self.k.shape[0] == self.heads.numel()
@@ -54,6 +55,7 @@ class PagedKV:
             self.sink[:, own],
             self.window[:, own],
             self.ratio,
+            {name: table[own] for name, table in self.summaries.items()},
         )
 
 
@@ -116,3 +118,15 @@ class SparseIndex:
     token_start: Tensor | None = None  # [G, N] int32
     token_count: Tensor | None = None  # [G, N] int32
     tokens: Tensor | None = None  # [capacity] int32
+
+    def only(self, heads: slice, blocks: Sequence[int] | None) -> "SparseIndex":
+        """The same runs, for some of the heads and blocks (None: all of these)."""
+
+        def cut(table: Tensor | None) -> Tensor | None:
+            if table is None:
+                return None
+            return table[heads] if blocks is None else table[heads, torch.tensor(blocks, device=table.device)]
+
+        start, count = cut(self.start), cut(self.count)
+        assert start is not None and count is not None
+        return SparseIndex(start, count, self.pages, cut(self.token_start), cut(self.token_count), self.tokens)

@@ -12,6 +12,7 @@ from gossamer.kvcache.groups import HeadGroup
 from gossamer.kvcache.pool import OutOfPages, PagePool
 from gossamer.kvcache.prefix import reusable_pages
 from gossamer.kvcache.retention import Retention
+from gossamer.kvcache.summaries import Summary, shapes_by_group
 from gossamer.kvcache.table import PageTable
 from gossamer.kvcache.views import StepViews, ViewPlan
 
@@ -39,6 +40,7 @@ class KVCache:
     findable until their memory is needed. Not thread-safe: one thread owns it; `stats` may be read from any.
 
     groups: cover each KV head of each layer exactly once. num_pages: per group. ratio: query heads per KV head.
+    summaries: [layer][KV head], what is to be known of each full page beside its keys and values.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         page_size: int = PAGE_SIZE,
         prefix_caching: bool = True,
+        summaries: Sequence[Sequence[Sequence[Summary]]] = (),
     ) -> None:
         self.groups = tuple(groups)
         self.page_size = page_size
@@ -60,10 +63,20 @@ class KVCache:
         self.queried_tokens = 0  # tokens of the sequences that asked for a prefix, since start
         self.hit_tokens = 0  # ... and those of them that were found
         self.pools = tuple(
-            PagePool(group.num_heads, pages, page_size=page_size, head_dim=head_dim, dtype=dtype, device=device)
-            for group, pages in zip(self.groups, num_pages, strict=True)
+            PagePool(
+                group.num_heads,
+                pages,
+                page_size=page_size,
+                head_dim=head_dim,
+                dtype=dtype,
+                device=device,
+                summaries=shapes,
+            )
+            for group, pages, shapes in zip(
+                self.groups, num_pages, shapes_by_group(self.groups, summaries, page_size, head_dim), strict=True
+            )
         )
-        self._plan = ViewPlan(self.groups, self.pools, ratio)
+        self._plan = ViewPlan(self.groups, self.pools, ratio, summaries)
         # Weak, so that a table that was lost without `drop` shows up in the audit as pages without an owner.
         self._tables: weakref.WeakSet[PageTable] = weakref.WeakSet()
 

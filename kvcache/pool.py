@@ -1,7 +1,7 @@
 """The physical pages of one group: memory, reference counts, free pages, and pages kept only for reuse."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ class PagePool:
     (owned by nobody, kept for a later prefix hit until the memory is needed).
 
     k and v: [slots, pages, page_size, head_dim], allocated once and not cleared: what has not been written is garbage.
+    summaries: [slots, pages, *shape] for each shape asked for, likewise; they live and die with the pages.
     """
 
     def __init__(
@@ -36,9 +37,14 @@ class PagePool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        summaries: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.k = torch.empty(slots, num_pages, page_size, head_dim, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
+        self.summaries = {
+            name: torch.empty(slots, num_pages, *shape, dtype=dtype, device=device)
+            for name, shape in (summaries or {}).items()
+        }
         self.index = PrefixIndex()
         self._refs = np.zeros(num_pages, dtype=np.int32)
         self._free = np.ones(num_pages, dtype=np.bool_)
@@ -68,8 +74,8 @@ class PagePool:
 
     @property
     def bytes_per_page(self) -> int:
-        slots, _, page_size, head_dim = self.k.shape
-        return 2 * slots * page_size * head_dim * self.k.element_size()
+        tables = (self.k, self.v, *self.summaries.values())
+        return sum(table[:, 0].numel() * table.element_size() for table in tables)
 
     def cached_pages(self) -> Iterator[int]:
         """Cached pages, the next to be evicted first."""

@@ -1,8 +1,9 @@
 """From memory to pages: how many pages each group of heads gets."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -24,9 +25,17 @@ class Sizing:
     token_capacity: int
 
 
-def bytes_per_page(group: HeadGroup, head_dim: int, dtype: torch.dtype, page_size: int = PAGE_SIZE) -> int:
-    """Bytes of keys and values in one page of a group: its heads of all layers."""
-    return 2 * group.num_heads * page_size * head_dim * dtype.itemsize
+def bytes_per_page(
+    group: HeadGroup,
+    head_dim: int,
+    dtype: torch.dtype,
+    summaries: Mapping[str, tuple[int, ...]],
+    page_size: int = PAGE_SIZE,
+) -> int:
+    """Bytes of keys, values and summaries (by name, the shape for one head) in one page of a group: its heads of all
+    layers."""
+    numbers = 2 * page_size * head_dim + sum(prod(shape) for shape in summaries.values())
+    return group.num_heads * numbers * dtype.itemsize
 
 
 def longest_sequence(

@@ -1,6 +1,6 @@
 """What the layers of one step read and write: pools and page tables as PagedKV."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from gossamer.kernels.layout import NULL_PAGE, PagedKV
 from gossamer.kvcache.groups import HeadGroup
 from gossamer.kvcache.pool import PageArray, PagePool
+from gossamer.kvcache.summaries import Summary
 from gossamer.kvcache.table import PageTable
 
 
@@ -23,6 +24,8 @@ class _LayerSlice(NamedTuple):
     heads: Tensor  # [G] int32
     numbers: tuple[int, ...]  # the same heads, on the host
     limits: tuple[int, int]  # (group, G), which sink and window tensors fit
+    summaries: Mapping[str, Tensor]
+    written: tuple[Summary, ...]  # what writes them
 
 
 class StepViews:
@@ -56,17 +59,27 @@ class StepViews:
         """The KV heads of each of the layer's views, on the host."""
         return tuple(part.numbers for part in self._layers[layer])
 
+    def summaries(self, layer: int) -> tuple[tuple[Summary, ...], ...]:
+        """What each of the layer's views has to know of full pages."""
+        return tuple(part.written for part in self._layers[layer])
+
     def _view(self, part: _LayerSlice) -> PagedKV:
         sink, window = self._limits[part.limits]
         table = self._tables[part.group]
-        return PagedKV(part.k, part.v, table, self._length, part.heads, sink, window, self._ratio)
+        return PagedKV(part.k, part.v, table, self._length, part.heads, sink, window, self._ratio, part.summaries)
 
 
 class ViewPlan:
     """What is the same in every step: the pools' slices by layer. Makes the views of a step in one pass over the tables
     and one transfer to the device."""
 
-    def __init__(self, groups: Sequence[HeadGroup], pools: Sequence[PagePool], ratio: int) -> None:
+    def __init__(
+        self,
+        groups: Sequence[HeadGroup],
+        pools: Sequence[PagePool],
+        ratio: int,
+        summaries: Sequence[Sequence[Sequence[Summary]]],
+    ) -> None:
         self._ratio = ratio
         self._device = pools[0].k.device
         self._num_groups = len(groups)
@@ -79,7 +92,12 @@ class ViewPlan:
                 first += len(heads)
                 on_device = torch.tensor(heads, dtype=torch.int32, device=self._device)
                 limits = (number, len(heads))
-                layers[layer].append(_LayerSlice(number, pool.k[own], pool.v[own], on_device, heads, limits))
+                asked = (each for head in heads for each in (summaries[layer][head] if summaries else ()))
+                wanted = tuple(dict.fromkeys(asked))
+                tables = {each.name: pool.summaries[each.name][own] for each in wanted}
+                layers[layer].append(
+                    _LayerSlice(number, pool.k[own], pool.v[own], on_device, heads, limits, tables, wanted)
+                )
         for layer, parts in enumerate(layers):
             covered = sorted(head for part in parts for head in part.numbers)
             assert covered == list(range(len(covered))), (

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,8 @@ import typer
 
 from gossamer import __version__
 from gossamer.server.config import ConfigError, ServerConfig, default_text, flag_of, kind_of, make_config
+from gossamer.server.exits import fail
+from gossamer.server.policy_commands import policy
 
 app = typer.Typer(
     name="gossamer",
@@ -53,12 +54,6 @@ def serve(model: str | None, config: Path | None, **flags: object) -> None:
     from gossamer.server.serve import serve as run
 
     raise typer.Exit(run(settings))
-
-
-def fail(message: str, *, code: int) -> None:
-    """One sentence on standard error, and out."""
-    print(f"gossamer: {message}", file=sys.stderr)
-    raise typer.Exit(code)
 
 
 def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -120,3 +115,4 @@ def _metavar(spec: "dataclasses.Field[Any]", kind: type) -> str:
 
 
 app.command("serve")(_with_flags(serve))
+app.add_typer(policy)

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from gossamer.kernels.layout import PAGE_SIZE
 from gossamer.server.engine.records import EngineStats, FirstToken, RequestRecord, RuleStats, StepRecord
+from gossamer.server.engine.request import AttentionUse
 
 _FIRST_TOKEN = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
@@ -22,6 +23,7 @@ _REQUEST = (
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _LENGTHS = tuple(m * 10**e for e in range(7) for m in (1, 2, 5))
 _STEP_TOKENS = (1, *(2**e for e in range(3, 15)))
+_SHARE = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.99)
 _LABELS = ("model_name", "engine")
 
 
@@ -58,6 +60,12 @@ class Metrics:
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS)
         self._step = self._histogram("gossamer:step_seconds", "Time of a step.", _STEP)
         self._model = self._histogram("gossamer:step_model_seconds", "Time of a step inside the model.", _STEP)
+        self._select = self._histogram(
+            "gossamer:step_select_seconds", "Time of a step spent choosing keys (on a CPU).", _STEP
+        )
+        self._attend = self._histogram(
+            "gossamer:step_attend_seconds", "Time of a step inside attention, keys chosen (on a CPU).", _STEP
+        )
         self._prompt_tokens_computed = 0  # written by the engine's thread alone
         self._generated_total = self._counter("vllm:generation_tokens", "Tokens generated.")
         self._finished = Counter(
@@ -68,6 +76,25 @@ class Metrics:
         )
         self._by_point = Counter(
             "gossamer:requests", "Choices that ended, by operating point.", (*_LABELS, "point"), registry=self.registry
+        )
+        self._pages_read = self._by_phase(
+            "gossamer:attention_pages_read", "Pages that attention read, per query and head."
+        )
+        self._pages_possible = self._by_phase(
+            "gossamer:attention_pages_possible", "Pages that attention could have read, per query and head."
+        )
+        self._density = Histogram(
+            "gossamer:attention_density",
+            "Share of the possible pages that the attention of a choice read.",
+            (*_LABELS, "point", "phase"),
+            buckets=_SHARE,
+            registry=self.registry,
+        )
+        self._dense = Counter(
+            "gossamer:dense_requests",
+            "Choices whose attention left nothing out, by reason: the policy, or too short for it.",
+            (*_LABELS, "point", "reason"),
+            registry=self.registry,
         )
         self._rejected = Counter(
             "vllm:admission_rejections", "Requests turned away.", ("model_name", "reason"), registry=self.registry
@@ -84,6 +111,9 @@ class Metrics:
         self._step_tokens.observe(record.prompt_tokens + record.generated_tokens)
         self._step.observe(record.seconds)
         self._model.observe(record.model_seconds)
+        if record.select_seconds + record.attend_seconds > 0:
+            self._select.observe(record.select_seconds)
+            self._attend.observe(record.attend_seconds)
 
     def first_token(self, record: FirstToken) -> None:
         self._first_token.observe(record.seconds)
@@ -94,6 +124,7 @@ class Metrics:
     def finished(self, record: RequestRecord) -> None:
         self._finished.labels(**self._labels, finished_reason=record.finish_reason).inc()
         self._by_point.labels(**self._labels, point=record.point).inc()
+        self._note_attention(record.attention)
         self._end_to_end.observe(record.end_to_end)
         self._queued.observe(record.queued)
         self._inference.observe(record.prefill + record.decode)
@@ -108,6 +139,19 @@ class Metrics:
         self._n.observe(record.n)
         self._preempted.observe(record.preemptions)
 
+    def _note_attention(self, use: AttentionUse) -> None:
+        for phase, read, possible in (
+            ("prefill", use.prefill_read, use.prefill_possible),
+            ("decode", use.decode_read, use.decode_possible),
+        ):
+            labels = {**self._labels, "point": use.point, "phase": phase}
+            if possible:
+                self._pages_read.labels(**labels).inc(read)
+                self._pages_possible.labels(**labels).inc(possible)
+                self._density.labels(**labels).observe(read / possible)
+        if use.dense_because is not None:
+            self._dense.labels(**self._labels, point=use.point, reason=use.dense_because).inc()
+
     def rejected(self, reason: str) -> None:
         self._rejected.labels(model_name=self._model_name, reason=reason).inc()
 
@@ -121,6 +165,9 @@ class Metrics:
 
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, help, _LABELS, buckets=buckets, registry=self.registry).labels(**self._labels)
+
+    def _by_phase(self, name: str, help: str) -> Counter:
+        return Counter(name, help, (*_LABELS, "point", "phase"), registry=self.registry)
 
     def _counter(self, name: str, help: str) -> Counter:
         return Counter(name, help, _LABELS, registry=self.registry).labels(**self._labels)

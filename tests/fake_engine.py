@@ -106,6 +106,7 @@ class FakeEngine:
         self.tokenizer = FakeTokenizer()
         self.fingerprint = f"gossamer-{__version__}-dense@exact-00000000"
         self.points = ("exact", "fast")
+        self.all_points = ("exact", "fast", "private")
         self.default_point = "exact"
         self.state = Health(alive=True, ready=True)
         self.requests: list[Request] = []

@@ -105,7 +105,7 @@ def test_every_sampling_field_reaches_the_engine(client: httpx.Client, server: R
         "ignore_eos": True, "include_stop_str_in_output": True, "skip_special_tokens": False,
     }  # fmt: skip
     request = {"stop": ["q", "z"], "logit_bias": {"65": 1.5}, "n": 2, "priority": 3, "cache_salt": "s"}
-    post(client, TEXT, prompt="a", attention_policy="fast", **fields, **request)
+    post(client, TEXT, prompt="a", attention={"policy": "fast"}, **fields, **request)
     seen = server.engine.requests[-1]
     for name, value in fields.items():
         assert getattr(seen.params, name) == (tuple(value) if isinstance(value, list) else value), name
@@ -260,7 +260,7 @@ def test_token_ids(client: httpx.Client, server: Running) -> None:
 
 
 def test_fingerprint_follows_the_policy(client: httpx.Client) -> None:
-    body = post(client, CHAT, messages=MESSAGES, max_tokens=1, attention_policy="fast")
+    body = post(client, CHAT, messages=MESSAGES, max_tokens=1, attention={"policy": "fast"})
     assert body["system_fingerprint"] == f"gossamer-{__version__}-dense@fast-11111111"
 
 

@@ -188,9 +188,10 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"cache_salt": ""}, "cache_salt"),
     ({"cache_salt": "x" * 2**20}, "cache_salt"),
     ({"cache_salt": "a\nb"}, "cache_salt"),
-    ({"attention_policy": "nonsense"}, "attention_policy"),
-    ({"attention_policy": "../exact"}, "attention_policy"),
-    ({"attention_policy": {"budget": -1}}, "attention_policy"),
+    ({"attention": {"policy": "nonsense"}}, "attention.policy"),
+    ({"attention": {"policy": "../exact"}}, "attention.policy"),
+    ({"attention": {"policy": "fast", "budget": -1}}, "attention.budget"),
+    ({"attention": "fast"}, "attention"),
     ({"best_of": 2}, "best_of"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format"),
@@ -297,7 +298,7 @@ FINE: list[dict[str, Any]] = [
     {"best_of": 1, "n": 1},
     {"what_is_this": None},
     {"temperature": 1, "top_p": 1, "presence_penalty": 0},
-    {"attention_policy": "fast", "cache_salt": "tenant-7", "priority": -3},
+    {"attention": {"policy": "fast"}, "cache_salt": "tenant-7", "priority": -3},
     dict.fromkeys(("n", "seed", "stop", "stream", "stream_options", "logit_bias", "max_tokens", "min_tokens")),
 ]
 

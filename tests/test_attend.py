@@ -2,22 +2,20 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from attend_cases import Life, run, uniform
+from torch import Tensor
 
-from gossamer.attention.attend import attend
 from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
 from gossamer.attention.selectors import Dense, Proposal, Selector, SinkRecent
-from gossamer.attention.step import TILE_ROWS, Span, plan_step
+from gossamer.attention.step import TILE_ROWS
 from gossamer.kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks
-from gossamer.kvcache.cache import KVCache
-from gossamer.kvcache.groups import group_heads
 from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
+from gossamer.kvcache.summaries import Summary
 
 RATIO, DIM, KV_HEADS = 2, 32, 4
 TILE = TILE_ROWS // RATIO
@@ -28,8 +26,11 @@ class Nothing:
     """Proposes nothing at all."""
 
     reads_tensors: ClassVar[bool] = False
+    above: ClassVar[int] = 0
+    corrects: ClassVar[bool] = False
+    summaries: ClassVar[tuple[Summary, ...]] = ()
 
-    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Proposal:
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Proposal:
         return Proposal(torch.zeros(kv.heads.numel(), len(blocks), kv.table.shape[1], dtype=torch.bool))
 
 
@@ -38,10 +39,13 @@ class Multiples:
     """Single tokens: every `step`-th. Notes for which heads it was asked."""
 
     step: int
+    above: int = 0
     reads_tensors: ClassVar[bool] = True
+    corrects: ClassVar[bool] = False
+    summaries: ClassVar[tuple[Summary, ...]] = ()
     asked: list[list[int]] = field(default_factory=list, compare=False)
 
-    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Proposal:
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Proposal:
         self.asked.append(kv.heads.tolist())
         shape = kv.heads.numel(), len(blocks)
         tokens = torch.arange(0, kv.table.shape[1] * PAGE_SIZE, self.step, dtype=torch.int32)
@@ -55,9 +59,9 @@ class CountedDense(Dense):
 
     asked: list[int] = field(default_factory=list, compare=False)
 
-    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Proposal:
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Proposal:
         self.asked.append(len(blocks))
-        return Dense.propose(self, q, kv, blocks)
+        return Dense.propose(self, q, kv, blocks, scale)
 
 
 def reads(selector: Selector, pos: int, key: int, tile: int) -> bool:
@@ -76,94 +80,27 @@ def reads(selector: Selector, pos: int, key: int, tile: int) -> bool:
             return True
 
 
-@dataclass
-class Life:
-    """A sequence with made-up queries, keys and values of its whole length."""
-
-    length: int
-    prompt: int
-    point: OperatingPoint
-    seed: int
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
-        self.q = torch.randn(self.length, KV_HEADS * RATIO, DIM, generator=generator)
-        self.k, self.v = (torch.randn(self.length, KV_HEADS, DIM, generator=generator) for _ in range(2))
-        self.out = torch.full_like(self.q, math.nan)
-
-    def right(self, layer: int, *, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
-        """[T, H, D] float64, one query head at a time."""
-        out = torch.empty(self.q.shape, dtype=torch.float64)
-        for head, policy in enumerate(self.point.heads[layer]):
-            mask = torch.zeros(self.length, self.length, dtype=torch.bool)
-            for pos in range(self.length):
-                selector, tile = (policy.prefill, TILE) if pos < self.prompt else (policy.decode, 1)
-                sink, window = policy.keep.sink, policy.keep.window
-                mask[pos, : pos + 1] = torch.tensor(
-                    [reads(selector, pos, key, tile) and (key > pos - window or key < sink) for key in range(pos + 1)]
-                )
-            for query_head in range(head * RATIO, (head + 1) * RATIO):
-                scores = self.q[:, query_head].double() @ self.k[:, head].double().T * DIM**-0.5
-                if softcap:
-                    scores = softcap * torch.tanh(scores / softcap)
-                scores = scores.masked_fill(~mask, -math.inf)
-                if sinks is not None:
-                    scores = torch.cat([scores, sinks[query_head].double().expand(self.length, 1)], 1)
-                weights = scores.softmax(1)[:, : self.length]
-                out[:, query_head] = weights @ self.v[:, head].double()
-        return out
-
-
-def run(
-    policy: AttentionPolicy,
-    lives: Sequence[Life],
-    chunk: Callable[[], int],
-    *,
-    layer: int = 0,
-    together: bool = True,
-    **options: Any,
-) -> list[Tensor]:
-    """Compute all sequences in steps whose chunks are as long as `chunk` says; the outputs, [T, H, D] each."""
-    groups = group_heads(policy.rules())
-    cache = KVCache(groups, [100] * len(groups), ratio=RATIO, head_dim=DIM, dtype=torch.float32)
-    layers = range(len(policy.points[0].heads))
-    modules = [nn.Module() for _ in layers]
-    for number, module in enumerate(modules):
-        module.layer_idx = number  # type: ignore[assignment]
-    outs = [torch.full_like(life.q, math.nan) for life in lives]
-    for batch in [list(range(len(lives)))] if together else [[i] for i in range(len(lives))]:
-        tables = {i: cache.table([p[0].keep for p in group_policies(policy, lives[i].point)], b"") for i in batch}
-        while left := [i for i in batch if tables[i].length < lives[i].length]:
-            spans, tokens = [], dict[int, slice]()
-            for i in left:
-                first, new = tables[i].length, min(chunk(), lives[i].length - tables[i].length)
-                cache.grow(tables[i], new)
-                spans.append(Span(first, new, lives[i].prompt))
-                tokens[i] = slice(first, first + new)
-            step = plan_step(spans, cache.views([tables[i] for i in left]), [lives[i].point for i in left], RATIO)
-            q, k, v = (
-                torch.cat([getattr(lives[i], name)[tokens[i]] for i in left]).transpose(0, 1)[None] for name in "qkv"
+def right_of(life: Life, layer: int, *, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
+    """[T, H, D] float64, one query head at a time."""
+    out = torch.empty(life.q.shape, dtype=torch.float64)
+    for head, policy in enumerate(life.point.heads[layer]):
+        mask = torch.zeros(life.length, life.length, dtype=torch.bool)
+        for pos in range(life.length):
+            selector, tile = (policy.prefill, TILE) if pos < life.prompt else (policy.decode, 1)
+            sink, window = policy.keep.sink, policy.keep.window
+            mask[pos, : pos + 1] = torch.tensor(
+                [reads(selector, pos, key, tile) and (key > pos - window or key < sink) for key in range(pos + 1)]
             )
-            for number, module in enumerate(modules):
-                out, _ = attend(module, q, k, v, None, step=step, scaling=DIM**-0.5, **options)
-                if number == layer:
-                    for i, part in zip(left, out[0].split([span.new for span in spans]), strict=True):
-                        outs[i][tokens[i]] = part
-            for i in left:
-                cache.trim(tables[i])
-            cache.audit()
-        for table in tables.values():
-            cache.drop(table)
-    return outs
-
-
-def group_policies(policy: AttentionPolicy, point: OperatingPoint) -> list[list[HeadPolicy]]:
-    groups = group_heads(policy.rules())
-    return [[point.heads[layer][head] for layer, heads in group.slots for head in heads] for group in groups]
-
-
-def uniform(name: str, *heads: HeadPolicy, layers: int = 1) -> OperatingPoint:
-    return OperatingPoint(name, (heads,) * layers)
+        for query_head in range(head * RATIO, (head + 1) * RATIO):
+            scores = life.q[:, query_head].double() @ life.k[:, head].double().T * DIM**-0.5
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = scores.masked_fill(~mask, -math.inf)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[query_head].double().expand(life.length, 1)], 1)
+            weights = scores.softmax(1)[:, : life.length]
+            out[:, query_head] = weights @ life.v[:, head].double()
+    return out
 
 
 STREAMING = HeadPolicy(Dense(), Dense(), KeepSinkRecent(3, 90))
@@ -190,7 +127,7 @@ def mixed_lives() -> list[Life]:
 
 @pytest.fixture(scope="module")
 def right() -> list[Tensor]:
-    return [life.right(0) for life in mixed_lives()]
+    return [right_of(life, 0) for life in mixed_lives()]
 
 
 @pytest.mark.parametrize("chunk", [1000, 37])
@@ -214,7 +151,7 @@ def test_softcap_and_sinks_reach_the_kernels() -> None:
     lives = [Life(200, 150, policy.points[0], 5)]
     sinks = torch.linspace(-1, 2, KV_HEADS * RATIO)
     (out,) = run(policy, lives, lambda: 50, softcap=3.0, s_aux=sinks)
-    torch.testing.assert_close(out.double(), lives[0].right(0, softcap=3.0, sinks=sinks), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(out.double(), right_of(lives[0], 0, softcap=3.0, sinks=sinks), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("chunk", [1000, 50])
@@ -230,6 +167,23 @@ def test_everything_selected_equals_dense(chunk: int) -> None:
     for dense, pages, tokens in zip(*answers, strict=True):
         assert torch.equal(dense, pages)
         torch.testing.assert_close(dense, tokens, atol=2e-6, rtol=2e-5)
+
+
+def test_a_selector_is_not_asked_below_its_length() -> None:
+    """Blocks that begin before it are dense, generated tokens as well, whatever the chunk."""
+    loose = Multiples(1000, above=128)
+    head = HeadPolicy(loose, loose, KeepAll())
+    policy = AttentionPolicy("p", (uniform("all", *[head] * KV_HEADS),))
+    dense = AttentionPolicy("p", (uniform("all", *[DENSE] * KV_HEADS),))
+    for chunk in (1000, 50):
+        (out,) = run(policy, [Life(300, 250, policy.points[0], 3)], lambda chunk=chunk: chunk)  # type: ignore[misc]
+        (full,) = run(dense, [Life(300, 250, dense.points[0], 3)], lambda chunk=chunk: chunk)  # type: ignore[misc]
+        torch.testing.assert_close(out[:128], full[:128], atol=2e-6, rtol=2e-5)
+        assert (out[192:] - full[192:]).abs().amax((1, 2)).min() > 1e-3
+    below = Multiples(1000, above=64)
+    policy = AttentionPolicy("p", (uniform("all", *[HeadPolicy(below, Dense(), KeepAll())] * KV_HEADS),))
+    run(policy, [Life(60, 60, policy.points[0], 3)], lambda: 100)
+    assert below.asked == []
 
 
 def test_positions_alone_are_asked_once_for_all_layers() -> None:
@@ -252,4 +206,4 @@ def test_layers_that_ask_different_things_do_not_share() -> None:
     for layer in range(3):
         lives = [Life(200, 190, point, 9)]
         (out,) = run(policy, lives, lambda: 80, layer=layer)
-        torch.testing.assert_close(out.double(), lives[0].right(layer), atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(out.double(), right_of(lives[0], layer), atol=2e-5, rtol=2e-5)

@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 import yaml
+from test_policy_commands import POLICY as ALL_BACKENDS
 
+from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.policy_file import load_policy_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -20,8 +23,9 @@ def fenced(page: pathlib.Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_the_list_of_settings_is_current() -> None:
-    command = [sys.executable, str(ROOT / "docs" / "write_configuration.py"), "--check"]
+@pytest.mark.parametrize("script", ["write_configuration.py", "write_policy_schema.py"])
+def test_what_is_written_from_the_code_is_current(script: str) -> None:
+    command = [sys.executable, str(ROOT / "docs" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -60,7 +64,28 @@ def test_policy_examples_are_policies(tmp_path: pathlib.Path) -> None:
     for block in blocks:
         file = tmp_path / "policy.yaml"
         file.write_text(block)
-        assert load_policy_file(file).policy().points
+        assert load_policy_file(file).policy(Artefacts(file.parent)).points
+
+
+def test_the_schema_of_policy_files_agrees_with_the_server() -> None:
+    """It accepts what is accepted, the short forms included, and refuses what it can see to be wrong."""
+    schema = json.loads((ROOT / "docs" / "policy.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    valid = jsonschema.Draft202012Validator(schema).is_valid
+    texts = [block for block in fenced(ROOT / "docs" / "policies.md", "yaml") if "gossamer_policy" in block]
+    texts += [file.read_text() for file in ROOT.glob("configs/policies/*.yaml")] + [ALL_BACKENDS]
+    assert [text for text in texts if not valid(yaml.safe_load(text))] == []
+    short = ALL_BACKENDS.replace("exact: {}", "exact: {default: {prefill: dense, keep: all}}")
+    assert valid(yaml.safe_load(short))
+    for old, new in (
+        ("layers: 3", "layers: three"),
+        ("exact: {}", "Exact: {}"),
+        ("exact: {}", "exact: {default: {prefill: sink-recent}}"),
+        ("recent: 256}", "recent: 0}"),
+        ("columns: 1000", "column: 1000"),
+        ("gossamer_policy: 1", "gossamer_policy: 2"),
+    ):
+        assert old in ALL_BACKENDS and not valid(yaml.safe_load(ALL_BACKENDS.replace(old, new))), new
 
 
 def test_manifests_are_well_formed() -> None:

@@ -404,7 +404,7 @@ def test_what_can_never_be_served(checkpoint: Path, model: Model) -> None:
             ({"prompt": []}, "prompt", "at least one token"),
             ({"prompt": [5], "stop_token_ids": (VOCAB,)}, "stop_token_ids", f"names token {VOCAB}"),
             ({"prompt": [5], "logit_bias": ((-1, 1.0),)}, "logit_bias", "names token -1"),
-            ({"prompt": [5], "point": "fast"}, "attention_policy", "choose one of: exact"),
+            ({"prompt": [5], "point": "fast"}, "attention.policy", "choose one of: exact"),
         ]
         for fields, param, said in wrong:
             with pytest.raises(InvalidRequest, match=said) as refused:

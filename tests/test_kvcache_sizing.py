@@ -28,7 +28,7 @@ def cost(pages: tuple[int, ...], page_bytes: list[int]) -> int:
 def test_a_page_costs_what_the_pool_allocates() -> None:
     groups = group_heads([[ALL, STREAM, STREAM]] * 5)
     cache = KVCache(groups, [3, 2], ratio=1, head_dim=32, dtype=torch.bfloat16)
-    expected = [bytes_per_page(group, 32, torch.bfloat16) for group in groups]
+    expected = [bytes_per_page(group, 32, torch.bfloat16, {}) for group in groups]
     assert expected == [5 * 2 * 64 * 32 * 2, 10 * 2 * 64 * 32 * 2]
     assert [s.bytes_per_page for s in cache.stats()] == expected
     for pool, size in zip(cache.pools, expected, strict=True):

@@ -219,7 +219,7 @@ def test_everything_but_the_gpu_kernels_is_imported_without_triton() -> None:
     assert run_python(code, *names) == "[]\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["policy", "show", "--help"]])
 def test_help_comes_without_torch(arguments: list[str]) -> None:
     code = (
         "import sys\n"
@@ -227,7 +227,7 @@ def test_help_comes_without_torch(arguments: list[str]) -> None:
         "sys.argv[0] = 'gossamer'\n"
         "try:\n    main()\n"
         "except SystemExit as end:\n    assert not end.code, end.code\n"
-        "print(sorted({'torch', 'transformers', 'fastapi', 'triton'} & sys.modules.keys()))"
+        "print(sorted({'torch', 'transformers', 'fastapi', 'triton', 'matplotlib'} & sys.modules.keys()))"
     )
     printed = run_python(code, *arguments)
     assert "Usage" in printed

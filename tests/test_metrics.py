@@ -7,12 +7,18 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
+from gossamer.server.engine.request import AttentionUse
 from gossamer.server.metrics import Metrics
 
 RECORD = RequestRecord(
     finish_reason="stop", prompt_tokens=100, cached_tokens=64, generated_tokens=11, max_tokens=16, n=2, preemptions=1,
     end_to_end=3.5, queued=0.5, prefill=1.0, decode=2.0, point="exact",
+    attention=AttentionUse(
+        point="exact", prefill_read=30.0, prefill_possible=120.0, decode_read=8.0, decode_possible=10.0, kv_bytes=4096,
+        dense_because="short",
+    ),
 )  # fmt: skip
+TIMES = {"seconds": 0.1, "model_seconds": 0.09, "select_seconds": 0.002, "attend_seconds": 0.02}
 # What Grafana boards, KEDA triggers, llm-d and the Gateway API Inference Extension ask for.
 NAMES = """
 vllm:num_requests_running vllm:num_requests_waiting vllm:kv_cache_usage_perc vllm:cache_config_info
@@ -34,8 +40,8 @@ gossamer:kv_bytes_held gossamer:kv_tokens_held gossamer:kv_pages_owned gossamer:
 def metrics() -> Metrics:
     metrics = Metrics("m")
     metrics.watch(fake_engine.FakeEngine().stats)
-    metrics.step(StepRecord(prompt_tokens=30, generated_tokens=4, sequences=5, seconds=0.1, model_seconds=0.09))
-    metrics.step(StepRecord(prompt_tokens=6, generated_tokens=5, sequences=5, seconds=0.1, model_seconds=0.09))
+    metrics.step(StepRecord(prompt_tokens=30, generated_tokens=4, sequences=5, **TIMES))
+    metrics.step(StepRecord(prompt_tokens=6, generated_tokens=5, sequences=5, **TIMES))
     metrics.first_token(FirstToken(seconds=0.3))
     metrics.inter_token(0.02)
     metrics.finished(RECORD)
@@ -82,6 +88,13 @@ def test_numbers(metrics: Metrics) -> None:
         "vllm:request_inference_time_seconds_sum": 3.0,
         "vllm:cache_config_info block_size=64 num_gpu_blocks=100": 1,
         "gossamer:requests_total point=exact": 1,
+        "gossamer:attention_pages_read_total phase=prefill point=exact": 30,
+        "gossamer:attention_pages_possible_total phase=prefill point=exact": 120,
+        "gossamer:attention_density_sum phase=prefill point=exact": 0.25,
+        "gossamer:attention_density_sum phase=decode point=exact": 0.8,
+        "gossamer:dense_requests_total point=exact reason=short": 1,
+        "gossamer:step_select_seconds_sum": 0.004,
+        "gossamer:step_attend_seconds_sum": 0.04,
         "gossamer:kv_tokens_held rule=all": 7 * 64,
         "gossamer:kv_bytes_held rule=all": 7 * 4096,
         "gossamer:kv_bytes_held rule=sink64+recent256": 5 * 4096,

@@ -95,7 +95,7 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
 
 
 def test_stop_and_our_own_fields(client: openai.OpenAI, server: Running) -> None:
-    extra = {"top_k": 5, "attention_policy": "fast", "chat_template_kwargs": {"enable_thinking": False}}
+    extra = {"top_k": 5, "attention": {"policy": "fast"}, "chat_template_kwargs": {"enable_thinking": False}}
     done = client.chat.completions.create(model="fake", messages=MESSAGES, stop=["é"], extra_body=extra)
     assert done.choices[0].message.content == "H" and done.choices[0].finish_reason == "stop"
     assert (server.engine.requests[-1].params.top_k, server.engine.requests[-1].point) == (5, "fast")

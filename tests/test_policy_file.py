@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy
 from gossamer.attention.policy_file import MOST_BYTES, PolicyError, PolicyFile, check_model, load_policy_file
 from gossamer.attention.selectors import SELECTORS, Dense, SinkRecent
@@ -33,7 +34,7 @@ STREAMING = HeadPolicy(SinkRecent(64, 256), SinkRecent(64, 128), KeepSinkRecent(
 def load(directory: Path, text: str) -> AttentionPolicy:
     file = directory / "policy.yaml"
     file.write_text(text)
-    return load_policy_file(file).policy()
+    return load_policy_file(file).policy(Artefacts(directory))
 
 
 def rows(*lines: str) -> str:
@@ -234,5 +235,5 @@ def test_packaged_policies_load_and_survive_a_round_trip(tmp_path: Path) -> None
         again = tmp_path / "again.yaml"
         again.write_text(yaml.safe_dump(entry.model_dump(mode="json"), sort_keys=False))
         assert load_policy_file(again) == entry
-        points = load_policy_file(again).policy().points
-        assert [point.heads for point in points] == [point.heads for point in entry.policy().points]
+        points = load_policy_file(again).policy(Artefacts(tmp_path)).points
+        assert [point.heads for point in points] == [point.heads for point in entry.policy(Artefacts(tmp_path)).points]

@@ -9,9 +9,34 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from gossamer.attention.selectors.base import Proposal, Selector
+from gossamer.attention.selectors.block_sparse import BlockSparse
+from gossamer.attention.selectors.budget import Budget
 from gossamer.attention.selectors.dense import Dense
+from gossamer.attention.selectors.double_sparsity import DoubleSparsity
+from gossamer.attention.selectors.learned_gate import LearnedGate
 from gossamer.attention.selectors.sink_recent import SinkRecent
+from gossamer.attention.selectors.vertical_slash import VerticalSlash
 
-SELECTORS: Mapping[str, type[Selector]] = MappingProxyType({"dense": Dense, "sink-recent": SinkRecent})
+SELECTORS: Mapping[str, type[Selector]] = MappingProxyType(
+    {
+        "dense": Dense,
+        "sink-recent": SinkRecent,
+        "block-sparse": BlockSparse,
+        "vertical-slash": VerticalSlash,
+        "double-sparsity": DoubleSparsity,
+        "learned-gate": LearnedGate,
+    }
+)
 
-__all__ = ["SELECTORS", "Dense", "Proposal", "Selector", "SinkRecent"]
+__all__ = [
+    "SELECTORS",
+    "BlockSparse",
+    "Budget",
+    "Dense",
+    "DoubleSparsity",
+    "LearnedGate",
+    "Proposal",
+    "Selector",
+    "SinkRecent",
+    "VerticalSlash",
+]

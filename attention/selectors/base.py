@@ -6,6 +6,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks
+from gossamer.kvcache.summaries import Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +18,26 @@ class Proposal:
 
 
 class Selector(Protocol):
-    """Answers "which keys should this query block read?" for the heads of one view."""
+    """Answers "which keys should this query block read?" for the heads of one view. Selectors are values: equal ones
+    are asked together."""
 
     reads_tensors: ClassVar[bool]  # False: the answer depends on positions alone, so all layers share it
 
-    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Proposal:
-        """q [T, H, D] -> proposal for every head of `kv` and every block."""
+    @property
+    def above(self) -> int:
+        """Query blocks that begin before this position are dense, and the selector is not asked about them."""
+        ...
+
+    @property
+    def corrects(self) -> bool:
+        """Whether pages that are not read count through their mean key and value."""
+        ...
+
+    @property
+    def summaries(self) -> tuple[Summary, ...]:
+        """What it has to know of full pages."""
+        ...
+
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Proposal:
+        """q [T, H, D] -> proposal for every head of `kv` and every block. scale: of the logits q . k."""
         ...

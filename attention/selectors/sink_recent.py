@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gossamer.attention.selectors.base import Proposal
 from gossamer.kernels.layout import PagedKV, QueryBlocks
+from gossamer.kvcache.summaries import Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,9 @@ class SinkRecent:
     recent: int  # tokens, the query's own included
 
     reads_tensors: ClassVar[bool] = False
+    above: ClassVar[int] = 0
+    corrects: ClassVar[bool] = False
+    summaries: ClassVar[tuple[Summary, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.recent < 1:
@@ -28,7 +32,7 @@ class SinkRecent:
                 f"sink-recent needs sink >= 0 and recent >= 1, not sink {self.sink} and recent {self.recent}."
             )
 
-    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Proposal:
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Proposal:
         """Counted from the tile's origin, so that the answer does not depend on how the prompt was cut into chunks."""
         first = torch.arange(kv.table.shape[1], device=kv.table.device) * kv.page_size  # [L]
         recent = first + kv.page_size > (blocks.origin + 1 - self.recent)[:, None]  # [N, L]

@@ -8,10 +8,10 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from gossamer.server.api.errors import encode
-from gossamer.server.api.job import Job
+from gossamer.server.api.job import POLICY_HEADER, Job
 from gossamer.server.api.service import Call, Service
 from gossamer.server.api.stream import DONE, EventStream, data, unless_gone
-from gossamer.server.engine.request import Delta, Progress, RequestError, Started
+from gossamer.server.engine.request import AttentionUse, Delta, Progress, RequestError, Started
 
 WRITE_BYTES = 16 * 1024  # frames that are ready together are written together, up to about so much
 
@@ -40,34 +40,56 @@ class Usage:
 
     def __init__(self) -> None:
         self.prompt = self.cached = self.generated = 0
+        self.attention: list[AttentionUse] = []  # of the choices that have ended
 
     def count(self, job: Job, source: int, event: Started | Delta) -> None:
         if isinstance(event, Delta):
             self.generated += len(event.tokens)
+            if event.attention is not None:
+                self.attention.append(event.attention)
         else:
             self.prompt += len(job.requests[source].prompt)
             self.cached += event.cached_tokens
 
     def body(self) -> dict[str, Any]:
-        return {
+        body: dict[str, Any] = {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.generated,
             "total_tokens": self.prompt + self.generated,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
+        if self.attention:
+            body["attention"] = _attention(self.attention)
+        return body
+
+
+def _attention(uses: list[AttentionUse]) -> dict[str, Any]:
+    """What attention read for all choices of a call; a density is null where nothing was computed (a prompt that was
+    wholly cached, an answer of one token)."""
+
+    def density(read: float, possible: float) -> float | None:
+        return round(min(1.0, read / possible), 4) if possible else None
+
+    return {
+        "policy": uses[0].point,
+        "prefill_density": density(sum(u.prefill_read for u in uses), sum(u.prefill_possible for u in uses)),
+        "decode_density": density(sum(u.decode_read for u in uses), sum(u.decode_possible for u in uses)),
+        "kv_bytes": sum(u.kv_bytes for u in uses),
+        "dense_because": uses[0].dense_because,
+    }
 
 
 async def answer(
     service: Service,
     http: HTTPRequest,
-    prepare: Callable[[Service, bytes], Job],
+    prepare: Callable[[Service, bytes, str | None], Job],
     form_of: Callable[[Service, Job], Form],
 ) -> Response:
     """Read, check, submit and answer one request; the client may leave at any moment."""
     call = service.enter()
     try:
         raw = await service.body(http)
-        job = await unless_gone(http.receive, service.in_thread(prepare, service, raw))
+        job = await unless_gone(http.receive, service.in_thread(prepare, service, raw, http.headers.get(POLICY_HEADER)))
         call.submit(job.requests)
         form = form_of(service, job)
         if not job.stream:

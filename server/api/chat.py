@@ -27,8 +27,8 @@ def chat_routes(service: Service) -> APIRouter:
     return router
 
 
-def prepare(service: Service, raw: bytes) -> Job:
-    """Any thread. Raises InvalidRequest or HTTPError."""
+def prepare(service: Service, raw: bytes, header: str | None) -> Job:
+    """`header`: X-Gossamer-Policy. Any thread. Raises InvalidRequest or HTTPError."""
     fields = read_fields(ChatRequest, parse_object(raw))
     service.model_named(fields.model)
     if fields.top_logprobs is not None and not fields.logprobs:
@@ -48,6 +48,7 @@ def prepare(service: Service, raw: bytes) -> Job:
     return make_job(
         service,
         fields,
+        header,
         "chatcmpl-",
         [prompt],
         max_tokens=asked,

@@ -27,8 +27,8 @@ def completion_routes(service: Service) -> APIRouter:
     return router
 
 
-def prepare(service: Service, raw: bytes) -> Job:
-    """Any thread. Raises InvalidRequest or HTTPError."""
+def prepare(service: Service, raw: bytes, header: str | None) -> Job:
+    """`header`: X-Gossamer-Policy. Any thread. Raises InvalidRequest or HTTPError."""
     fields = read_fields(CompletionRequest, parse_object(raw))
     service.model_named(fields.model)
     if fields.max_tokens == 0 and not fields.echo:
@@ -44,6 +44,7 @@ def prepare(service: Service, raw: bytes) -> Job:
     return make_job(
         service,
         fields,
+        header,
         "cmpl-",
         [tokens for _, tokens in prompts],
         max_tokens=fields.max_tokens,

@@ -5,10 +5,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from gossamer.server.api.errors import HTTPError
 from gossamer.server.api.schemas import Sampling
 from gossamer.server.api.service import Service
 from gossamer.server.engine.request import MAX_CHOICES, InvalidRequest, Request, SamplingParams
 
+POLICY_HEADER = "X-Gossamer-Policy"
 MAX_CHARACTERS_PER_TOKEN = 16  # a text with more than this many per token of context is refused before it is tokenised
 
 
@@ -36,6 +38,7 @@ class Job:
 def make_job(
     service: Service,
     fields: Sampling,
+    header: str | None,
     prefix: str,
     prompts: Sequence[Sequence[int]],
     *,
@@ -46,9 +49,10 @@ def make_job(
     echo: tuple[str, ...] | None = None,
     prompt_logprobs: int | None = None,
 ) -> Job:
-    """`default_tokens` None: the rest of the context. Errors about the prompt name `prompt_field`.
+    """`header`: X-Gossamer-Policy. `default_tokens` None: the rest of the context. Errors about the prompt name
+    `prompt_field`.
 
-    Any thread. Raises InvalidRequest or HTTPError 404.
+    Any thread. Raises InvalidRequest, HTTPError 403 or 404.
     """
     if fields.best_of is not None and fields.best_of != fields.n:
         raise InvalidRequest("best_of must equal n; this server returns every choice it makes.", param="best_of")
@@ -63,11 +67,7 @@ def make_job(
         )
     if fields.stream_options is not None and not fields.stream:
         raise InvalidRequest("stream_options needs stream to be true.", param="stream_options")
-    points = service.engine.points
-    if fields.attention_policy is not None and fields.attention_policy not in points:
-        raise InvalidRequest(
-            f"attention_policy must be one of {', '.join(points)}.", param="attention_policy", code="unknown_policy"
-        )
+    point = _point(service, fields, header)
     salt = fields.cache_salt or ""
     if not salt.isprintable():
         raise InvalidRequest("cache_salt must hold printable characters.", param="cache_salt")
@@ -87,7 +87,7 @@ def make_job(
             n=fields.n,
             priority=fields.priority,
             cache_salt=salt,
-            point=fields.attention_policy,
+            point=point,
             prompt_logprobs=prompt_logprobs,
         )
         for number, prompt in enumerate(prompts)
@@ -96,7 +96,7 @@ def make_job(
         id=job_id,
         created=int(time.time()),
         model=model,
-        fingerprint=service.engine.fingerprint_of(fields.attention_policy),
+        fingerprint=service.engine.fingerprint_of(point),
         requests=requests,
         stream=fields.stream,
         include_usage=bool(options and options.include_usage),
@@ -104,6 +104,31 @@ def make_job(
         return_token_ids=fields.return_token_ids,
         logprobs=logprobs,
         echo=echo,
+    )
+
+
+def _point(service: Service, fields: Sampling, header: str | None) -> str | None:
+    """The operating point that the request asks for, in its body or in the header."""
+    asked = None if fields.attention is None else fields.attention.policy
+    if asked is not None and header is not None and asked != header:
+        raise InvalidRequest(
+            f"attention.policy and the header {POLICY_HEADER} differ; send one of them.", param="attention.policy"
+        )
+    point, allowed = asked or header, service.engine.points
+    if point is None or point in allowed:
+        return point
+    names = ", ".join(allowed)
+    if point in service.engine.all_points:
+        raise HTTPError(
+            403,
+            f"This server does not let requests choose the attention policy {point!r}; allowed: {names}.",
+            param="attention.policy",
+            code="forbidden_policy",
+        )
+    raise InvalidRequest(
+        f"There is no such attention policy here; choose one of: {names}.",
+        param="attention.policy",
+        code="unknown_policy",
     )
 
 

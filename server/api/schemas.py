@@ -151,6 +151,12 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None  # padding against eavesdroppers; there is none to leave out
 
 
+class AttentionChoice(_Body):
+    """Which operating point of the attention policy answers."""
+
+    policy: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+
+
 class Sampling(_Body):
     """What chat and completions share."""
 
@@ -177,7 +183,7 @@ class Sampling(_Body):
     logit_bias: Biases = Field(default_factory=dict)
     priority: int = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    attention_policy: str | None = None
+    attention: AttentionChoice | None = None
     return_token_ids: bool = False
 
 

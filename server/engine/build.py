@@ -2,17 +2,19 @@
 
 import time
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
+from gossamer.attention.artefacts import Artefacts
+from gossamer.attention.packaged import find_policy_file, packaged_policies
 from gossamer.attention.policy import AttentionPolicy, dense_policy, within_windows
 from gossamer.attention.policy_file import PolicyError, check_model, load_policy_file
 from gossamer.kernels.layout import PAGE_SIZE
 from gossamer.kvcache.cache import KVCache
 from gossamer.kvcache.groups import HeadGroup, group_heads
 from gossamer.kvcache.sizing import Sizing, bytes_per_page, longest_sequence, size_pools
+from gossamer.kvcache.summaries import shapes_by_group
 from gossamer.server.config import ServerConfig
 from gossamer.server.engine.admission import QueueLoad
 from gossamer.server.engine.engine import Engine, ModelCard
@@ -87,6 +89,7 @@ def assemble(
         dtype=model.dtype,
         device=model.device,
         prefix_caching=config.enable_prefix_caching,
+        summaries=policy.summaries(),
     )
     limits = Limits(config.max_num_seqs, step_tokens, config.max_step_seconds)
     scheduler = Scheduler(cache, limits, Pace(shape.attention_crossover), config.enable_prefix_caching)
@@ -125,7 +128,10 @@ def _size_cache(
     rules = [
         [point.heads[layer][heads[0]].keep for layer, heads in (g.slots[0] for g in groups)] for point in policy.points
     ]
-    page_bytes = [bytes_per_page(group, shape.head_dim, model.dtype) for group in groups]
+    tables = shapes_by_group(groups, policy.summaries(), PAGE_SIZE, shape.head_dim)
+    page_bytes = [
+        bytes_per_page(group, shape.head_dim, model.dtype, own) for group, own in zip(groups, tables, strict=True)
+    ]
     wanted = config.max_model_len or shape.max_positions
     if config.max_model_len is not None and config.max_model_len > shape.max_positions:
         raise StartupError(
@@ -170,22 +176,14 @@ def attention_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
 
 
 def _find_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
-    shape = model.shape
-    asked = config.attention_policy
-    packaged = files("gossamer") / "configs" / "policies"
-    name = asked or Path(config.model_path).name
-    file = Path(str(packaged / f"{name}.yaml"))
-    if asked is not None and Path(asked).is_file():
-        file = Path(asked)
-    if asked == "dense" or (asked is None and not file.is_file()):
-        return dense_policy(shape.layers, shape.kv_heads)
-    if not file.is_file():
-        known = sorted(p.name.removesuffix(".yaml") for p in packaged.iterdir() if p.name.endswith(".yaml"))
-        raise StartupError(
-            f"The attention policy {asked!r} is neither a file nor a packaged policy; packaged are: "
-            f"{', '.join(['dense', *known])}."
-        )
+    shape, asked = model.shape, config.attention_policy
+    dense = dense_policy(shape.layers, shape.kv_heads)
+    if asked == "dense":
+        return dense
     try:
+        file = packaged_policies().get(Path(config.model_path).name) if asked is None else find_policy_file(asked)
+        if file is None:
+            return dense
         entry = load_policy_file(file)
         check_model(
             entry,
@@ -195,6 +193,6 @@ def _find_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
             query_heads=shape.query_heads,
             head_dim=shape.head_dim,
         )
-        return entry.policy()
+        return entry.policy(Artefacts(file.parent, model.device))
     except PolicyError as error:
         raise StartupError(str(error)) from error

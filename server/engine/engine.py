@@ -60,6 +60,7 @@ class Engine:
         self.model = card
         self.tokenizer = tokenizer
         self.points = allowed_points
+        self.all_points = policy.names
         self.default_point = default_point
         self.token_capacity = token_capacity
         self._policy = policy
@@ -141,7 +142,7 @@ class Engine:
             raise InvalidRequest(
                 f"The attention policy {request.point!r} does not exist here or may not be chosen; "
                 f"choose one of: {', '.join(self.points)}.",
-                param="attention_policy",
+                param="attention.policy",
             )
         if length + min(1, params.max_tokens) > card.max_model_len:
             raise InvalidRequest(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gossamer.attention.reads import SpanReads
 from gossamer.attention.step import Span, plan_step
 from gossamer.kvcache.cache import KVCache
 from gossamer.server.engine.model import Model
@@ -22,6 +23,9 @@ class Outcome:
 
     sampled: dict[Sequence, Sampled]
     model_seconds: float
+    reads: tuple[SpanReads, ...]  # one per part
+    select_seconds: float  # of model_seconds, on a CPU
+    attend_seconds: float
     not_finite: frozenset[Sequence] = frozenset()  # whose prompts cannot be scored
 
 
@@ -56,7 +60,15 @@ class Executor:
             )
             results = self.sampler.sample(chosen, [part.sequence.row for part, _ in sampling])
             sampled = {part.sequence: result for (part, _), result in zip(sampling, results, strict=True)}
-        return Outcome(sampled, seconds, frozenset(not_finite))
+        reads = step.reads
+        return Outcome(
+            sampled,
+            seconds,
+            reads.totals(step.prefill, step.decode, len(spans)),
+            reads.select_seconds,
+            reads.attend_seconds,
+            frozenset(not_finite),
+        )
 
     def _rows(self, parts: Items[Part]) -> tuple[list[int], list[tuple[Part, int]], list[tuple[Part, int]]]:
         """Token rows whose logits are needed; then (part, its row among them) to sample, and to score prompts with."""

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from gossamer.server.engine.choice import NOT_FINITE
 from gossamer.server.engine.executor import Executor, Outcome
 from gossamer.server.engine.inflight import InFlight
 from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
-from gossamer.server.engine.request import Event, FinishReason, Progress, Started
+from gossamer.server.engine.request import AttentionUse, Event, FinishReason, Progress, Started
 from gossamer.server.engine.scheduler import Part, Scheduler
 from gossamer.server.engine.sequence import Sequence
 
@@ -181,8 +181,9 @@ class Loop:
 
     def _publish(self, parts: Items[Part], outcome: Outcome) -> None:
         now = time.monotonic()
-        for part in parts:
+        for part, reads in zip(parts, outcome.reads, strict=True):
             sequence = part.sequence
+            sequence.reads = sequence.reads.plus(reads)
             if sequence.ended:
                 continue  # with another choice of its request, just now
             flight = self._open[sequence.request.id]
@@ -204,9 +205,21 @@ class Loop:
             sampled = outcome.sampled.get(sequence)
             delta = choice.finish_empty() if sampled is None else choice.accept(sampled)
             self._note_token(flight, sequence, now)
-            if delta.finish_reason is not None:
-                self._end(flight, sequence, delta.finish_reason)
+            if (reason := delta.finish_reason) is not None:
+                delta = replace(delta, attention=self._attention(sequence))
+                self._end(flight, sequence, reason)
             self._send(flight, delta)
+
+    def _attention(self, sequence: Sequence) -> AttentionUse:
+        cache, reads = self.scheduler.cache, sequence.reads
+        held = zip(cache.held(sequence.table), cache.pools, strict=True)
+        whole = reads.prefill_read + reads.decode_read >= reads.prefill_possible + reads.decode_possible
+        return AttentionUse(
+            point=sequence.point.name,
+            **reads._asdict(),
+            kv_bytes=sum(pages * pool.bytes_per_page for pages, pool in held),
+            dense_because=None if not whole else "policy" if sequence.point.is_dense else "short",
+        )
 
     def _send(self, flight: InFlight, event: Event) -> None:
         """Publish. A request whose callback fails is dropped, as if it had been cancelled, and nobody else notices."""
@@ -247,10 +260,11 @@ class Loop:
 
     def _end(self, flight: InFlight, sequence: Sequence, reason: FinishReason) -> None:
         """Free the pages and the books of one choice."""
+        attention = self._attention(sequence)
         self.scheduler.remove(sequence)
         del flight.choices[sequence]
         self._unqueue(flight, sequence)
-        self.observer.finished(_request_record(flight, sequence, reason))
+        self.observer.finished(_request_record(flight, sequence, reason, attention))
         if not flight.choices:
             self._prompt_done(flight)
             del self._open[flight.request.id]
@@ -264,10 +278,14 @@ def _step_record(parts: Items[Part], outcome: Outcome, seconds: float) -> StepRe
         sequences=len(parts),
         seconds=seconds,
         model_seconds=outcome.model_seconds,
+        select_seconds=outcome.select_seconds,
+        attend_seconds=outcome.attend_seconds,
     )
 
 
-def _request_record(flight: InFlight, sequence: Sequence, reason: FinishReason) -> RequestRecord:
+def _request_record(
+    flight: InFlight, sequence: Sequence, reason: FinishReason, attention: AttentionUse
+) -> RequestRecord:
     now = time.monotonic()
     admitted = sequence.admitted_at
     first, last = sequence.first_token_at, sequence.last_token_at
@@ -284,4 +302,5 @@ def _request_record(flight: InFlight, sequence: Sequence, reason: FinishReason) 
         prefill=0.0 if admitted is None else (first or now) - admitted,
         decode=0.0 if first is None or last is None else last - first,
         point=sequence.point.name,
+        attention=attention,
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gossamer.server.engine.request import FinishReason
+from gossamer.server.engine.request import AttentionUse, FinishReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +14,8 @@ class StepRecord:
     sequences: int
     seconds: float  # of the whole step
     model_seconds: float  # of the model's forward, attention included
+    select_seconds: float  # of these, for choosing keys; 0 on a GPU
+    attend_seconds: float  # of these, for attention itself; 0 on a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,7 @@ class RequestRecord:
     prefill: float  # first admission to first token
     decode: float  # first token to last
     point: str  # operating point
+    attention: AttentionUse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

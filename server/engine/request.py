@@ -158,6 +158,19 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionUse:
+    """What one choice's attention read and held. Numbers of pages are summed over queries, layers and heads."""
+
+    point: str  # operating point
+    prefill_read: float
+    prefill_possible: float
+    decode_read: float
+    decode_possible: float
+    kv_bytes: int  # in its pages at the end, shared ones included
+    dense_because: Literal["policy", "short"] | None  # why nothing was left out, if nothing was
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """What one step adds to one choice. `text` holds whole characters, with stop strings already cut off."""
 
@@ -168,6 +181,7 @@ class Delta:
     finish_reason: FinishReason | None = None  # set on the last delta of a choice
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
     message: str | None = None  # one sentence, with finish_reason "error"
+    attention: AttentionUse | None = None  # with finish_reason, where attention was computed
 
 
 Event = Started | Progress | Delta

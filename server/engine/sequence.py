@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from gossamer.attention.policy import OperatingPoint
+from gossamer.attention.reads import SpanReads
 from gossamer.kvcache.cache import PageTable
 from gossamer.server.engine.logits import SampleRow
 from gossamer.server.engine.request import Request, TokenLogprob
@@ -30,6 +31,7 @@ class Sequence:
     first_token_at: float | None = None
     last_token_at: float | None = None
     preemptions: int = 0
+    reads: SpanReads = SpanReads(0.0, 0.0, 0.0, 0.0)  # so far
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # known so far; the first is None
     ended: bool = False
     prompt_length: int = field(init=False)

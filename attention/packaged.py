@@ -1,0 +1,26 @@
+"""Policies by name: those that come with Gossamer, and files of one's own."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from gossamer.attention.policy_file import PolicyError
+
+
+def packaged_policies() -> dict[str, Path]:
+    """The files of the packaged policies, by name, in the order of the names."""
+    folder = Path(str(files("gossamer") / "configs" / "policies"))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find_policy_file(asked: str) -> Path:
+    """The policy file at a path, or the packaged one of that name. Raises PolicyError."""
+    if Path(asked).is_file():
+        return Path(asked)
+    packaged = packaged_policies()
+    if asked not in packaged:
+        known = ", ".join(packaged)
+        raise PolicyError(
+            f"The attention policy {asked!r} is neither a file nor a packaged policy; packaged are: {known} "
+            "(and dense, which needs no file)."
+        )
+    return packaged[asked]

@@ -1,0 +1,62 @@
+"""How much of what it could see a step's attention has read: the density that is reported and exported."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels.layout import PAGE_SIZE, QueryBlocks, SparseIndex
+
+
+class SpanReads(NamedTuple):
+    """Of one sequence in one step: queries x heads x pages, over all layers (a single token is 1/64 of a page)."""
+
+    prefill_read: float
+    prefill_possible: float
+    decode_read: float
+    decode_possible: float
+
+    def plus(self, other: "SpanReads") -> "SpanReads":
+        """The same sequence, one step later."""
+        return SpanReads(*(mine + more for mine, more in zip(self, other, strict=True)))
+
+
+@dataclass(slots=True)
+class Reads:
+    """Adds up over the layers of one step. What was read stays on the device until `totals`."""
+
+    read: dict[bool, Tensor] = field(default_factory=dict)  # by whether it is decode: [N]
+    possible: dict[bool, list[int]] = field(default_factory=dict)
+    select_seconds: float = 0.0  # spent choosing keys; on a CPU only, where calls return when they are done
+    attend_seconds: float = 0.0  # ... and reading them
+    _known: dict[int, tuple[SparseIndex, Tensor]] = field(default_factory=dict)  # indices shared by layers
+
+    def add(self, blocks: QueryBlocks, index: SparseIndex) -> None:
+        """What one view's heads read for these blocks."""
+        decode, heads = blocks.size == 1, index.count.shape[0]
+        known = self._known.get(id(index))
+        if known is None:
+            pages = index.count.sum(0, dtype=torch.float32)
+            if index.token_count is not None:
+                pages = pages + index.token_count.sum(0, dtype=torch.float32) / PAGE_SIZE
+            known = self._known[id(index)] = index, pages * blocks.count
+        if decode in self.read:
+            self.read[decode] += known[1]
+        else:
+            self.read[decode] = known[1].clone()
+        seen = self.possible.setdefault(decode, [0] * len(blocks))
+        for n, row in enumerate(blocks.rows):
+            seen[n] += heads * row.count * -(-(row.pos + row.count) // PAGE_SIZE)
+
+    def totals(self, prefill: QueryBlocks | None, decode: QueryBlocks | None, spans: int) -> tuple[SpanReads, ...]:
+        """One entry per sequence of the step. Waits for the device."""
+        sums = [[0.0] * 4 for _ in range(spans)]
+        for at, blocks in ((0, prefill), (2, decode)):
+            kind = at == 2
+            if blocks is None or kind not in self.read:
+                continue
+            for row, read, possible in zip(blocks.rows, self.read[kind].tolist(), self.possible[kind], strict=True):
+                sums[row.seq][at] += read
+                sums[row.seq][at + 1] += possible
+        return tuple(SpanReads(*each) for each in sums)

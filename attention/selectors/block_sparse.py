@@ -1,0 +1,60 @@
+"""Pages by the softmax weight that an estimate gives them: block-sparse attention."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from gossamer.attention.selectors.base import Proposal
+from gossamer.attention.selectors.budget import Budget
+from gossamer.kernels.antidiagonal import antidiagonal_mass
+from gossamer.kernels.layout import PagedKV, QueryBlocks
+from gossamer.kernels.score_pages import bound_mass, page_mass
+from gossamer.kvcache.summaries import KeyBounds, MeanKeys, MeanValues, Summary
+
+MEAN, BOUNDS, MEAN_VALUES = MeanKeys(), KeyBounds(), MeanValues()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSparse:
+    """The pages that `budget` admits, by one of three scores.
+
+    mean: each query against the mean key of each page (FlashPrefill, 2026; centroid selection in decode). bounds: the
+    largest product that a query can have with a key in each quarter of a page (Quest, Tang et al. 2024; LServe's 16 in
+    64). antidiagonal: sums of products along antidiagonals of stride x stride tiles (XAttention, Xu et al. 2025); it
+    reads the keys themselves, an eighth or sixteenth of the work of dense attention.
+    """
+
+    budget: Budget
+    score: Literal["mean", "bounds", "antidiagonal"] = "mean"
+    stride: int = 16  # of antidiagonals
+    above: int = 0
+    corrects: bool = False
+
+    reads_tensors: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.stride not in (4, 8, 16, 32):
+            raise ValueError(f"antidiagonals have a stride of 4, 8, 16 or 32, not {self.stride}.")
+
+    @property
+    def summaries(self) -> tuple[Summary, ...]:
+        """The table that the score needs, and means for the correction."""
+        tables: list[Summary] = []
+        if self.score == "mean" or self.corrects:
+            tables.append(MEAN)
+        if self.score == "bounds":
+            tables.append(BOUNDS)
+        if self.corrects:
+            tables.append(MEAN_VALUES)
+        return tuple(tables)
+
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Proposal:
+        """Scores, then the budget."""
+        if self.score == "mean":
+            mass = page_mass(q, kv, blocks, kv.summaries[MEAN.name], scale=scale)
+        elif self.score == "bounds":
+            mass = bound_mass(q, kv, blocks, kv.summaries[BOUNDS.name], scale=scale)
+        else:
+            mass = antidiagonal_mass(q, kv, blocks, self.stride, scale=scale)
+        return Proposal(self.budget.pages(mass, kv, blocks))

@@ -1,0 +1,69 @@
+"""Pages by a small trained gate (SeerAttention, Gao et al. 2024, for prompts; SeerAttention-R, 2025, for decoding)."""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gossamer.attention.selectors.base import Proposal
+from gossamer.attention.selectors.budget import Budget
+from gossamer.kernels.layout import PagedKV, QueryBlocks
+from gossamer.kernels.score_pages import page_mass
+from gossamer.kvcache.summaries import GateKeys, Summary
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedGate:
+    """Gate queries of a block against the gate keys of the pages; the budget then chooses among their softmax weights.
+
+    query [KV heads of the layer, J, ratio * D, E]: J gate queries, each projected from the group's queries, which are
+    averaged over the block and rotated back to before RoPE. A gate of SeerAttention has one gate query per query head
+    (block-diagonal in `ratio`), one of SeerAttention-R has one for the whole group.
+    """
+
+    keys: GateKeys
+    budget: Budget
+    query: Tensor = field(compare=False, repr=False)
+    norm: Tensor | None = field(compare=False, repr=False)  # [E]
+    phase: str = "prefill"  # which of the source's gates this is
+    above: int = 0
+    corrects: bool = False
+
+    reads_tensors: ClassVar[bool] = True
+
+    @property
+    def summaries(self) -> tuple[Summary, ...]:
+        """The gate's key of each page."""
+        from gossamer.attention.selectors.block_sparse import MEAN, MEAN_VALUES
+
+        return (self.keys, *((MEAN, MEAN_VALUES) if self.corrects else ()))
+
+    def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Proposal:
+        """One row per block takes the place of its queries."""
+        gate = self._queries(q, kv, blocks)
+        rows = tuple(row._replace(token=n, count=1) for n, row in enumerate(blocks.rows))
+        token = torch.arange(len(rows), dtype=torch.int32, device=q.device)
+        pooled = replace(blocks, rows=rows, token=token, count=torch.ones_like(token))
+        heads = torch.arange(kv.heads.numel(), dtype=torch.int32, device=q.device)
+        view = replace(kv, heads=heads, ratio=self.query.shape[1])
+        mass = page_mass(gate, view, pooled, kv.summaries[self.keys.name], scale=self.query.shape[3] ** -0.5)
+        return Proposal(self.budget.pages(mass, kv, blocks))
+
+    def _queries(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Tensor:
+        """[N, G * J, E]"""
+        own = kv.heads.long()
+        heads = (own[:, None] * kv.ratio + torch.arange(kv.ratio, device=q.device)).flatten()
+        within = torch.arange(blocks.size, device=q.device)
+        token = blocks.token[:, None] + torch.minimum(within, blocks.count[:, None] - 1)  # [N, size]
+        position = blocks.pos[:, None] + torch.minimum(within, blocks.count[:, None] - 1)
+        plain = self.keys.rotary.turn(
+            q[token.long()[:, :, None], heads], position[:, :, None].expand(-1, -1, heads.numel()), back=True
+        )
+        real = (within < blocks.count[:, None])[:, :, None, None]
+        mean = (plain * real).sum(1) / blocks.count[:, None, None]  # [N, G * ratio, D]
+        grouped = mean.unflatten(1, (own.numel(), kv.ratio)).flatten(2)  # [N, G, ratio * D]
+        gate = torch.einsum("ngd,gjde->ngje", grouped, self.query[own].float()).flatten(1, 2)
+        if self.norm is not None:
+            gate = torch.nn.functional.rms_norm(gate, self.norm.shape, self.norm.float(), 1e-6)
+        return self.keys.turned.turn(gate, blocks.origin[:, None].expand(gate.shape[:2]))

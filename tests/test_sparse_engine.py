@@ -1,0 +1,87 @@
+"""Sparse requests in the real engine: neighbours, prefix hits, chunks and preemption do not change their answers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from engines import ask, load_tiny, make_engine, records_of, running_engine
+from selector_cases import gate, labels
+from tiny_models import VOCAB, save_tiny_model
+
+from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
+from gossamer.attention.selectors import BlockSparse, Budget, DoubleSparsity, SinkRecent
+from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
+from gossamer.server.config import ServerConfig
+from gossamer.server.engine.model import Model
+
+RATIO, DIM = 2, 32
+FEW, MOST = Budget("tokens", 192), Budget("mass", 0.7, least=128)
+PAGES = HeadPolicy(BlockSparse(FEW, corrects=True), BlockSparse(FEW, "bounds"), KeepAll())
+TOKENS = HeadPolicy(BlockSparse(MOST, "antidiagonal", 8), DoubleSparsity(labels(2, DIM), 40), KeepAll())
+GATED = HeadPolicy(gate("prefill", 2, RATIO, DIM, FEW), gate("decode", 2, RATIO, DIM, FEW), KeepAll())
+STREAMING = HeadPolicy(SinkRecent(64, 128), SinkRecent(64, 128), KeepSinkRecent(64, 128))
+POLICY = AttentionPolicy(
+    "mixed",
+    (
+        OperatingPoint("exact", ((DENSE,) * 2,) * 3),
+        OperatingPoint("sparse", ((PAGES, TOKENS), (GATED, GATED), (STREAMING, PAGES))),
+    ),
+)
+LENGTHS = (70, 400, 515, 640)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Model:
+    return load_tiny(ServerConfig(model=str(checkpoint), dtype="float32"))
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randint(4, VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Path, model: Model) -> dict[str, list[list[int]]]:
+    """Each request by itself, nothing cached."""
+    answers: dict[str, list[list[int]]] = {}
+    with running_engine(checkpoint, model=model, policy=POLICY, enable_prefix_caching=False) as engine:
+        for point in POLICY.names:
+            answers[point] = [ask(engine, prompt, point=point).tokens() for prompt in prompts()]
+    return answers
+
+
+def test_sparse_answers_are_others_than_dense_ones(alone: dict[str, list[list[int]]]) -> None:
+    """Or nothing here would show anything."""
+    assert alone["sparse"][0] == alone["exact"][0]  # two pages: both are always read
+    assert all(a != b for a, b in zip(alone["sparse"][1:], alone["exact"][1:], strict=True))
+
+
+@pytest.mark.parametrize("chunk", [200, 1000])
+def test_in_one_batch_and_after_prefix_hits(
+    checkpoint: Path, model: Model, alone: dict[str, list[list[int]]], chunk: int
+) -> None:
+    with running_engine(checkpoint, model=model, policy=POLICY, max_num_batched_tokens=chunk) as engine:
+        for _ in range(2):
+            asked = [(point, n, ask(engine, p, point=point)) for point in POLICY.names for n, p in enumerate(prompts())]
+            for point, n, answer in asked:
+                assert answer.tokens() == alone[point][n]
+        assert [answer.cached for point, _, answer in asked if point == "sparse"] == [
+            (n - 1) // 64 * 64 for n in LENGTHS
+        ]
+
+
+def test_preempted(checkpoint: Path, model: Model, alone: dict[str, list[list[int]]]) -> None:
+    options = {"model": model, "policy": POLICY, "max_model_len": 704}
+    engine, _ = make_engine(checkpoint, **options)
+    page = sum(pool.bytes_per_page for pool in engine._loop.scheduler.cache.pools)
+    with running_engine(checkpoint, kv_cache_memory=15 * page, enable_prefix_caching=False, **options) as engine:
+        asked = [ask(engine, prompt, point="sparse", max_tokens=64) for prompt in prompts()[1:3]]
+        for answer, expected in zip(asked, alone["sparse"][1:3], strict=True):
+            assert answer.tokens()[:16] == expected
+        assert engine.stats().preemptions > 0
+        assert {record.point for record in records_of(engine).ended} == {"sparse"}
