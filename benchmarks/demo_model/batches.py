@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gossamer.attention.profiling.tasks import TASKS, Filler, Prompt, Question, Split, Task, Words, make_prompt
 
-# Weights: the first token of a referenced string (what has to be found), its other tokens, the rest of answers (keys
-# must be copied too), repeated chunks, facts, filler.
+# Weights: the first token of a referenced string, or of a key in an answer about several (what has to be found), the
+# other tokens of referenced strings, the rest of answers (keys must be copied too), repeated chunks, facts, filler.
 FIRST, ANSWER, PHRASE, COPY, FACT, TEXT = 24.0, 6.0, 5.0, 1.5, 0.1, 0.03
 MIXED = (
     Task("mixed", keys=6, repeated=1, chains=1),
@@ -121,6 +121,7 @@ class Source:
         for start, stop in answer.offsets:
             inside = any(start < at + size and stop > at for at, size in spans)
             first = any(start <= at < stop for at, _ in spans)
+            first |= question.answer[:start].rstrip(' "').endswith("For")  # which of several keys is next
             weights.append(FIRST if first else ANSWER if inside else PHRASE)
         return [*answer.ids, self.end], [*weights, PHRASE]
 
