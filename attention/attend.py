@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.attention.index import build_index
+from gossamer.attention.policy import OperatingPoint
 from gossamer.attention.selectors import Dense, Proposal, Selector
+from gossamer.attention.selectors.base import CORRECTION
 from gossamer.attention.step import Step
 from gossamer.kernels.dropped_pages import add_dropped_pages
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.kernels.store import store
-from gossamer.kvcache.summaries import MeanKeys, MeanValues
 
 
 def attend(
@@ -74,14 +75,10 @@ def _asked(step: Step, layer: int, group: int, blocks: QueryBlocks) -> Asked:
     """What the policies of the sequences in the step ask of one view's heads. Blocks below a selector's length are
     dense."""
     heads = step.views.heads(layer)[group]
-    rows = {
-        point: tuple(
-            policies[head].decode if blocks.size == 1 else policies[head].prefill
-            for policies in (point.heads[layer],)
-            for head in heads
-        )
-        for point in dict.fromkeys(step.points)
-    }
+    rows: dict[OperatingPoint, Row] = {}
+    for point in dict.fromkeys(step.points):
+        policies = [point.heads[layer][head] for head in heads]
+        rows[point] = tuple(policy.decode if blocks.size == 1 else policy.prefill for policy in policies)
     if len(rows) == 1:
         (only,) = rows.values()
         if all(selector.above == 0 for selector in only):
@@ -141,7 +138,7 @@ def _correct(
             if not selector.corrects:
                 continue
             part = blocks if mine is None else blocks.take(mine)
-            means = (kv.summaries[each.name][own] for each in (MeanKeys(), MeanValues()))
+            means = (kv.summaries[each.name][own] for each in CORRECTION)
             add_dropped_pages(
                 q, kv.only(own), part, index.only(own, mine), out, lse, *means, scale=scale, softcap=softcap
             )

@@ -22,9 +22,8 @@ def build_index(proposal: Proposal, kv: PagedKV, blocks: QueryBlocks) -> SparseI
     wanted = proposal.pages | own | (page == 0)
     readable = (page * size <= last) & (kv.table[seq] != NULL_PAGE)  # [N, L]
     sink = kv.sink[seq].T[..., None]  # [G, N, 1]
-    oldest = (blocks.pos[:, None] - kv.window[seq]).T[
-        ..., None
-    ] + 1  # [G, N, 1]: first position in the first query's window
+    # [G, N, 1]: the first position in the first query's window
+    oldest = (blocks.pos[:, None] - kv.window[seq]).T[..., None] + 1
     visible = (page * size < sink) | ((page + 1) * size > oldest)  # [G, N, L]
     pages = wanted & readable & visible
     start, count, flat = compact(pages)

@@ -6,7 +6,9 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks
-from gossamer.kvcache.summaries import Summary
+from gossamer.kvcache.summaries import MeanKeys, MeanValues, Summary
+
+CORRECTION = (MeanKeys(), MeanValues())  # what a selector that `corrects` has to know of full pages
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,14 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from gossamer.attention.selectors.base import Proposal
+from gossamer.attention.selectors.base import CORRECTION, Proposal
 from gossamer.attention.selectors.budget import Budget
 from gossamer.kernels.antidiagonal import antidiagonal_mass
 from gossamer.kernels.layout import PagedKV, QueryBlocks
 from gossamer.kernels.score_pages import bound_mass, page_mass
-from gossamer.kvcache.summaries import KeyBounds, MeanKeys, MeanValues, Summary
+from gossamer.kvcache.summaries import KeyBounds, MeanKeys, Summary
 
-MEAN, BOUNDS, MEAN_VALUES = MeanKeys(), KeyBounds(), MeanValues()
+MEAN, BOUNDS = MeanKeys(), KeyBounds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,11 @@ class BlockSparse:
     @property
     def summaries(self) -> tuple[Summary, ...]:
         """The table that the score needs, and means for the correction."""
-        tables: list[Summary] = []
-        if self.score == "mean" or self.corrects:
+        tables: list[Summary] = [*CORRECTION] if self.corrects else []
+        if self.score == "mean" and MEAN not in tables:
             tables.append(MEAN)
         if self.score == "bounds":
             tables.append(BOUNDS)
-        if self.corrects:
-            tables.append(MEAN_VALUES)
         return tuple(tables)
 
     def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Proposal:

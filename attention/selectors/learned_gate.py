@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gossamer.attention.selectors.base import Proposal
+from gossamer.attention.selectors.base import CORRECTION, Proposal
 from gossamer.attention.selectors.budget import Budget
 from gossamer.kernels.layout import PagedKV, QueryBlocks
 from gossamer.kernels.score_pages import page_mass
@@ -35,9 +35,7 @@ class LearnedGate:
     @property
     def summaries(self) -> tuple[Summary, ...]:
         """The gate's key of each page."""
-        from gossamer.attention.selectors.block_sparse import MEAN, MEAN_VALUES
-
-        return (self.keys, *((MEAN, MEAN_VALUES) if self.corrects else ()))
+        return (self.keys, *(CORRECTION if self.corrects else ()))
 
     def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Proposal:
         """One row per block takes the place of its queries."""
