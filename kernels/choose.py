@@ -34,6 +34,9 @@ def choose_count_torch(mass: Tensor, keep: Tensor) -> Tensor:
         if most == 0:
             continue
         least = row.topk(most).values.gather(-1, (k - 1).clamp(min=0))  # the last entry that is kept
+        torch.ge(row, least, out=chosen)
+        if bool((chosen.sum(-1, keepdim=True) == k).all()):
+            continue
         above, equal = row > least, row == least
         spare = k - above.sum(-1, keepdim=True)
         chosen.copy_(above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= spare)))
@@ -81,6 +84,9 @@ def choose_tokens(mass: Tensor, most: int, share: float) -> Tensor:
     found = torch.full((rows.shape[0], k), -1, dtype=torch.int32, device=mass.device)
     if found.numel() == 0 or share == 0:
         return found.view(*mass.shape[:-1], k)
+    if share == 1:
+        keep = torch.full((rows.shape[0],), k, dtype=torch.int32, device=rows.device)
+        return _positions(choose_count(rows, keep), found).view(*mass.shape[:-1], k)
     step = _rows_at_once(mass)
     rank = torch.arange(width - 1, -1, -1, device=mass.device)  # of equal entries the lower index is the larger
     for row, to in zip(rows.split(step), found.split(step), strict=True):
@@ -89,12 +95,24 @@ def choose_tokens(mass: Tensor, most: int, share: float) -> Tensor:
         position = width - 1 - (keys.topk(k).values & 0xFFFFFFFF)
         taken = row.gather(-1, position)
         keep = taken > 0
-        if share < 1:
-            before = taken.cumsum(-1, dtype=torch.float64)[:, :-1]
-            keep[:, 1:] &= before < row.sum(-1, keepdim=True, dtype=torch.float64) * share
+        before = taken.cumsum(-1, dtype=torch.float64)[:, :-1]
+        keep[:, 1:] &= before < row.sum(-1, keepdim=True, dtype=torch.float64) * share
         position = torch.where(keep, position, width).sort(-1).values
         to.copy_(torch.where(position < width, position, -1))
     return found.view(*mass.shape[:-1], k)
+
+
+def _positions(mask: Tensor, out: Tensor) -> Tensor:
+    """mask [R, K] bool with at most k entries set in a row, out [R, k] of -1 -> their columns, ascending, then -1."""
+    if mask.is_cuda:  # nothing is read back: entries that are not set go to a column of their own
+        place = mask.cumsum(-1) - 1
+        column = torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device).expand_as(mask)
+        wide = torch.cat((out, out[:, :1]), 1)
+        return wide.scatter_(1, torch.where(mask, place, out.shape[1]), column)[:, :-1].contiguous()
+    row, chosen = mask.nonzero().unbind(1)
+    count = torch.bincount(row, minlength=len(mask))
+    out[row, torch.arange(len(row)) - (count.cumsum(0) - count)[row]] = chosen.int()
+    return out
 
 
 def _rows(mass: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ the block's queries; the maximum over the heads of the group; divided by its sum
 are not past, and all 0 where a block has no past page.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,12 +60,12 @@ class Columns(Protocol):
         ...
 
     @property
-    def floats(self) -> int:
-        """What `keys` copies for each column, in floats."""
+    def table(self) -> Tensor:
+        """What is known of each page [G, P, ...]."""
         ...
 
-    def keys(self, own: slice, physical: Tensor) -> Tensor:
-        """The keys of these pages for these heads, a copy [X, c, columns, e] in float32."""
+    def keys(self, own: slice, known: Tensor) -> Tensor:
+        """What is known of some pages, for these heads [X, pages, ...] -> their keys [X, c, columns, e] in float32."""
         ...
 
     def queries(self, own: slice, q: Tensor) -> Tensor:
@@ -81,12 +81,8 @@ class _PageKeys:
     def per_page(self) -> int:
         return 1
 
-    @property
-    def floats(self) -> int:
-        return self.table.shape[2]
-
-    def keys(self, own: slice, physical: Tensor) -> Tensor:
-        return self.table[own].index_select(1, physical).float()[:, None]
+    def keys(self, own: slice, known: Tensor) -> Tensor:
+        return known.float()[:, None]
 
     def queries(self, own: slice, q: Tensor) -> Tensor:
         return q
@@ -100,12 +96,8 @@ class _Bounds:
     def per_page(self) -> int:
         return 1
 
-    @property
-    def floats(self) -> int:
-        return self.table[0, 0].numel()
-
-    def keys(self, own: slice, physical: Tensor) -> Tensor:
-        return self.table[own].index_select(1, physical).float().flatten(3).transpose(1, 2).contiguous()
+    def keys(self, own: slice, known: Tensor) -> Tensor:
+        return known.flatten(3).transpose(1, 2).float()
 
     def queries(self, own: slice, q: Tensor) -> Tensor:
         # The minimum counts where q is negative, the maximum where it is positive: one product of twice the length.
@@ -113,7 +105,8 @@ class _Bounds:
 
 
 PART = 2**21  # logits computed at a time, more only where one query's do not fit
-GATHERED = 2**22  # floats of keys held at a time, more only where one head's of one sequence do not fit
+GATHERED = 2**20  # floats of keys held at a time, more only where one head's of one sequence do not fit
+PASSING = 2**19  # ... where they are used only once, so that they are still in the cache
 
 
 def mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Columns, *, scale: float) -> Tensor:
@@ -129,16 +122,19 @@ def mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Columns, *,
         table = kv.table[first.seq, : width // each]
         resident = (table != NULL_PAGE).repeat_interleave(each)
         logits = kv.ratio * width * max(blocks.rows[run.start].count for run in runs)  # of one tile and KV head
-        heads = max(1, min(groups, GATHERED // (width * columns.floats), PART // logits))
+        once = all(blocks.rows[run.start].count * (run.stop - run.start) == 1 for run in runs) and len(runs) == 1
+        floats = columns.table[0, 0].numel() * len(table)
+        heads = groups if once else max(1, min(groups, GATHERED // floats, PART // logits))
         for low in range(0, groups, heads):
             own = slice(low, min(low + heads, groups))
-            keys = columns.keys(own, table.clamp_min(0))
+            keys: Iterable[Tensor] = _keys(columns, own, table, PASSING if once else floats * heads)
+            keys = keys if once else [*keys]
             for part in _parts(runs, heads * logits):
                 end = max(ends[part])
                 if end == 0:
                     continue
                 past = (torch.arange(end) < limit[part, None]) & resident[:end]
-                shares = _mean_shares(_rows(q, kv, blocks, part, own) * scale, keys[:, :, :end], past, columns, own)
+                shares = _mean_shares(_rows(q, kv, blocks, part, own) * scale, keys, past, columns, own)
                 shares = shares.amax(2)
                 shares /= shares.sum(-1, keepdim=True)  # 0 / 0 where nothing is past
                 mass[own, part, :end] = shares.masked_fill_(~past, 0.0)
@@ -176,9 +172,20 @@ def _rows(q: Tensor, kv: PagedKV, blocks: QueryBlocks, part: slice, own: slice) 
     return rows.view(tiles, first.count, -1, ratio, q.shape[2]).permute(2, 0, 1, 3, 4)
 
 
-def _mean_shares(rows: Tensor, keys: Tensor, past: Tensor, columns: Columns, own: slice) -> Tensor:
-    """rows [X, n, count, ratio, d], keys [X, c, C, e], past [n, C] -> softmax over the past columns, mean over the
-    count [X, n, ratio, C]; NaN where a tile has no past column."""
+def _keys(columns: Columns, own: slice, pages: Tensor, floats: int) -> Iterator[Tensor]:
+    """The keys of a sequence's pages for the heads `own`, as many pages at a time as have `floats`."""
+    table, physical = columns.table[own], pages.clamp_min(0)
+    step = max(1, floats // (table.shape[0] * table[0, 0].numel()))
+    together = bool((physical[1:] - physical[:-1] == 1).all())
+    for low in range(0, len(pages), step):
+        some = physical[low : low + step]
+        first = int(some[0])
+        yield columns.keys(own, table[:, first : first + len(some)] if together else table.index_select(1, some))
+
+
+def _mean_shares(rows: Tensor, keys: Iterable[Tensor], past: Tensor, columns: Columns, own: slice) -> Tensor:
+    """rows [X, n, count, ratio, d], keys [X, c, C, e] in pieces of C, past [n, C] -> softmax over the past columns,
+    mean over the count [X, n, ratio, C]; NaN where a tile has no past column."""
     (heads, tiles, count, ratio, _), width = rows.shape, past.shape[1]
     hidden = ~past
     some = hidden.any(0).nonzero()
@@ -187,10 +194,19 @@ def _mean_shares(rows: Tensor, keys: Tensor, past: Tensor, columns: Columns, own
     step = max(1, PART // (heads * tiles * ratio * width))
     for low in range(0, count, step):
         queries = columns.queries(own, rows[:, :, low : low + step].flatten(1, 3))
-        logits = torch.bmm(queries, keys[:, 0].mT)
-        for c in range(1, keys.shape[1]):
-            torch.maximum(logits, torch.bmm(queries, keys[:, c].mT), out=logits)
-        logits = logits.view(heads, tiles, -1, width)
+        logits = _logits(queries, keys, width).view(heads, tiles, -1, width)
         logits[..., cut:].masked_fill_(hidden[:, None, cut:], -torch.inf)
         total += logits.softmax(-1).unflatten(2, (-1, ratio)).sum(2)
     return total.div_(count)
+
+
+def _logits(queries: Tensor, keys: Iterable[Tensor], width: int) -> Tensor:
+    """queries [X, rows, e], keys [X, c, C, e] in pieces of C -> [X, rows, width], the largest of each column's c."""
+    parts: list[Tensor] = []
+    for piece in keys:
+        piece = piece[:, :, : width - sum(part.shape[2] for part in parts)]
+        part = torch.bmm(queries, piece[:, 0].mT)
+        for c in range(1, piece.shape[1]):
+            torch.maximum(part, torch.bmm(queries, piece[:, c].mT), out=part)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

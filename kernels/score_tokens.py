@@ -39,13 +39,9 @@ class _Labels:
     def per_page(self) -> int:
         return self.table.shape[2]
 
-    @property
-    def floats(self) -> int:
-        return self.table.shape[3]
-
-    def keys(self, own: slice, physical: Tensor) -> Tensor:
-        labels = self.table[own].index_select(1, physical).float().flatten(1, 2)
-        return labels.masked_fill_(self.channels[own, None] < 0, 0.0)[:, None]
+    def keys(self, own: slice, known: Tensor) -> Tensor:
+        labels, none = known.float().flatten(1, 2), self.channels[own, None] < 0
+        return (labels.masked_fill(none, 0.0) if bool(none.any()) else labels)[:, None]
 
     def queries(self, own: slice, q: Tensor) -> Tensor:
         channels = self.channels[own, None].expand(-1, q.shape[1], -1)
