@@ -74,7 +74,12 @@ class _Recording:
 
     def layers(self) -> list[Captured]:
         return [
-            Captured(*(torch.cat([getattr(part, name) for part in parts]) for name in "qkv"), parts[0].scale)
+            Captured(
+                torch.cat([part.q for part in parts]),
+                torch.cat([part.k for part in parts]),
+                torch.cat([part.v for part in parts]),
+                parts[0].scale,
+            )
             for parts in self._parts
         ]
 

@@ -87,8 +87,8 @@ def divergence(weights: GateWeights, turned: Rotary, taught: Lesson) -> Tensor:
     logits = torch.einsum("nge,gle->ngl", gate, keys) * gate.shape[-1] ** -0.5
     hidden = page >= taught.past[:, None, None]
     guess = logits.masked_fill(hidden, -torch.inf).log_softmax(-1).masked_fill(hidden, 0.0)
-    target = taught.target
-    return (torch.special.xlogy(target, target) - target * guess).sum(-1).mean()
+    far: Tensor = torch.special.xlogy(taught.target, taught.target) - taught.target * guess
+    return far.sum(-1).mean()
 
 
 def distil(lessons: Sequence[Lesson], turned: Rotary, steps: int, rate: float = 1e-3, seed: int = 0) -> GateWeights:

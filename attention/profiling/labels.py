@@ -26,7 +26,8 @@ def rank_channels(texts: Iterable[Sequence[Captured]]) -> list[Tensor]:
 def _products(layer: Captured) -> Tensor:
     """[G, D] float64"""
     q = layer.q.unflatten(1, (layer.k.shape[1], layer.ratio)).abs().sum(2, dtype=torch.float32)  # |q| |k| = |q k|
-    return (q * layer.k.abs()).sum(0, dtype=torch.float64)
+    products: Tensor = q * layer.k.abs()
+    return products.sum(0, dtype=torch.float64)
 
 
 def write_labels(path: Path, ranked: Sequence[Tensor]) -> None:

@@ -50,9 +50,15 @@ class Cell:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of `accuracy`."""
-        n, p, z = max(1, self.references), self.accuracy, 1.96
-        middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+        return wilson(self.found, self.references)
+
+
+def wilson(found: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share, `found` of `count`."""
+    n, z = max(1, count), 1.96
+    p = found / n
+    middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 
 class Reader:
