@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from captured_cases import paged
 from tiny_models import save_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -25,8 +26,8 @@ from gossamer.attention.profiling.gates import (
 )
 from gossamer.attention.profiling.labels import rank_channels, write_labels
 from gossamer.attention.selectors import Budget, LearnedGate
-from gossamer.kernels.layout import PAGE_SIZE, BlockRow, PagedKV, QueryBlocks
-from gossamer.kvcache.summaries import FilledPages, Rotary
+from gossamer.kernels.layout import PAGE_SIZE, BlockRow, QueryBlocks
+from gossamer.kvcache.summaries import Rotary
 
 LAYERS, GROUPS, RATIO, DIM = 3, 2, 2, 32
 ROTARY = Rotary(10000.0 ** -(torch.arange(DIM // 2) * 2 / DIM))
@@ -142,7 +143,7 @@ def test_a_gate_that_was_written_chooses_as_it_was_taught(tmp_path: Path, phase:
     write_gates(tmp_path / "gates.safetensors", [{phase: weights}], ROTARY, ROTARY)
     gate = Artefacts(tmp_path).gate("gates.safetensors", 0, phase, GROUPS, DIM)
     selector = LearnedGate(gate.keys, Budget("tokens", 4 * PAGE_SIZE), gate.query, gate.norm, phase)
-    kv = paged(layer, selector)
+    kv = paged(layer, selector.summaries)
     blocks = QueryBlocks.of(size, [BlockRow(0, 0, begin, size)])
     chosen = selector.propose(layer.q[begin : begin + size], kv, blocks, layer.scale).pages[:, 0]
     wanted = guess(weights, lessons[0])[0]
@@ -160,24 +161,3 @@ def guess(weights: GateWeights, taught: Lesson) -> Tensor:
     places = (torch.arange(taught.pages.shape[1]) * PAGE_SIZE).expand(taught.pages.shape[:2])
     logits = torch.einsum("nge,gle->ngl", queries, ROTARY.turn(taught.pages @ weights.key, places))
     return logits.masked_fill(torch.arange(logits.shape[2]) >= taught.past[:, None, None], -torch.inf)
-
-
-def paged(layer: Captured, selector: LearnedGate) -> PagedKV:
-    """One sequence in pages that lie in order, with the gate's keys written."""
-    pages = -(-len(layer.k) // PAGE_SIZE)
-    k, v = (x.view(pages, PAGE_SIZE, GROUPS, DIM).permute(2, 0, 1, 3).contiguous() for x in (layer.k, layer.v))
-    (summary,) = selector.summaries
-    tables = {summary.name: torch.zeros(GROUPS, pages, *summary.shape(PAGE_SIZE, DIM))}
-    kv = PagedKV(
-        k,
-        v,
-        torch.arange(pages, dtype=torch.int32)[None],
-        torch.tensor([len(layer.k)], dtype=torch.int32),
-        torch.arange(GROUPS, dtype=torch.int32),
-        torch.zeros(1, GROUPS, dtype=torch.int32),
-        torch.full((1, GROUPS), 2**30, dtype=torch.int32),
-        RATIO,
-        tables,
-    )
-    summary.write(kv, FilledPages.of([(0, page) for page in range(pages)], "cpu"))
-    return kv
