@@ -176,8 +176,12 @@ def _single_tokens(kv: PagedKV, tiles: Tiles, single: Ragged, rows: Tensor, widt
     page, head = key // kv.page_size, tiles.head[rows]
     physical = kv.table[tiles.seq[rows][:, None], page].long().clamp(min=0)
     slot = (head[:, None] * kv.k.shape[1] + physical) * kv.page_size + key % kv.page_size
-    visible = _visible(tiles, rows, query, key) & real[:, None]
-    return read_rows(kv.k, slot), read_rows(kv.v, slot), visible
+    k, v = read_rows(kv.k, slot), read_rows(kv.v, slot)
+    oldest = (tiles.last - tiles.window)[rows][:, None]
+    seen = (key <= tiles.pos[rows][:, None]) & ((key > oldest) | (key < tiles.sink[rows][:, None]))
+    if bool((seen | ~real).all()):  # by every query of its tile: an index names no single tokens of a tile's own pages
+        return k, v, None if bool(real.all()) else real[:, None]
+    return k, v, _visible(tiles, rows, query, key) & real[:, None]
 
 
 def _visible(tiles: Tiles, rows: Tensor, query: Tensor, key: Tensor) -> Tensor:

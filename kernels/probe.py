@@ -39,7 +39,7 @@ def newest_queries(blocks: QueryBlocks, probe: int) -> list[BlockRow]:
 
 
 WRITTEN = 1 << 22  # scores held at once
-READ = 1 << 22  # numbers of keys held at once
+READ = 1 << 19  # numbers of keys held at once: they should still be in the cache when they are multiplied
 
 
 def probe_mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, probe: int, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -53,11 +53,11 @@ def probe_mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, probe: int, *,
             for begin in range(0, span.count, step):
                 count = min(step, span.count - begin)
                 some = BlockRow(span.seq, span.token + begin, span.pos + begin, count)
-                weights = _weights(q, kv, some, g, pages, scale) / (span.count * kv.ratio)
-                spread = _spread(weights, pages, kv.page_size)
-                columns[g, span.seq, : spread.shape[1]] += spread.sum(0)
+                spread = _spread(_weights(q, kv, some, g, pages, scale), pages, kv.page_size)
+                rows = span.count * kv.ratio
+                columns[g, span.seq, : spread.shape[1]] += spread.sum(0) / rows
                 reach = some.pos + count
-                diagonals[g, span.seq, :reach] += _sum_diagonals(spread, some.pos)
+                diagonals[g, span.seq, :reach] += _sum_diagonals(spread, some.pos) / rows
     return columns, diagonals
 
 
@@ -80,12 +80,16 @@ def _weights(q: Tensor, kv: PagedKV, span: BlockRow, g: int, pages: Tensor, scal
     for begin in range(0, pages.numel(), read):
         keys = read_head(kv.k, g, physical[begin : begin + read]).reshape(-1, dim)
         first = begin * kv.page_size
-        scores[:, first : first + keys.shape[0]] = asked @ keys.T
+        torch.mm(asked, keys.T, out=scores[:, first : first + keys.shape[0]])
+    by_head = scores.unflatten(0, (kv.ratio, -1))
     key = (pages[:, None] * kv.page_size + torch.arange(kv.page_size)).flatten()
-    at = torch.arange(span.pos, span.pos + span.count)[:, None]
-    seen = (key <= at) & ((key > at - kv.window[span.seq, g]) | (key < kv.sink[span.seq, g]))
-    weights: Tensor = scores.unflatten(0, (kv.ratio, -1)).masked_fill_(~seen, -torch.inf).softmax(-1)
-    return weights.sum(0)
+    window, last = int(kv.window[span.seq, g]), span.pos + span.count - 1
+    # every query sees all that comes before the first one, unless its window ends
+    first = 0 if int(key[0]) <= last - window else int(torch.searchsorted(key, span.pos, right=True))
+    at, key = torch.arange(span.pos, last + 1)[:, None], key[first:]
+    seen = (key <= at) & ((key > at - window) | (key < kv.sink[span.seq, g]))
+    by_head[..., first:].masked_fill_(~seen, -torch.inf)
+    return by_head.softmax(-1).sum(0)
 
 
 def _spread(weights: Tensor, pages: Tensor, size: int) -> Tensor:
