@@ -28,26 +28,21 @@ def dense_point(heads: int) -> OperatingPoint:
     return uniform("dense", *[DENSE] * heads)
 
 
+RATIOS, DIMS = (1, 2, 4, 8, 16), (64, 96, 128, 256)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# every ratio with every head size; the types go round, so that each meets every ratio and every head size
+SHAPES = [(ratio, dim, DTYPES[(i + j) % 3]) for i, ratio in enumerate(RATIOS) for j, dim in enumerate(DIMS)]
+
+
 @every_backend
-@pytest.mark.parametrize(
-    ("ratio", "dim", "dtype"),
-    [
-        (1, 64, torch.float32),
-        (2, 96, torch.float32),
-        (4, 128, torch.bfloat16),
-        (8, 64, torch.float16),
-        (16, 32, torch.float32),
-        (2, 256, torch.float32),
-    ],
-)
+@pytest.mark.parametrize(("ratio", "dim", "dtype"), SHAPES)
 def test_everything_selected_is_dense(backend: Backend, ratio: int, dim: int, dtype: torch.dtype) -> None:
-    heads = 2
+    heads, exact = 2, dense_point(2)
     point = uniform("all", *[head(backend, backend.everything(heads, ratio, dim))] * heads)
-    for length, chunk in ((1, 1), (63, 100), (64, 20), (65, 64), (330, 1000), (330, 77)):
-        prompt = max(1, length - 5)
-        (out,) = run(alone(point), [Life(length, prompt, point, 1, ratio, dim, dtype)], lambda chunk=chunk: chunk)  # type: ignore[misc]
-        exact = dense_point(heads)
-        (expected,) = run(alone(exact), [Life(length, prompt, exact, 1, ratio, dim, dtype)], lambda chunk=chunk: chunk)  # type: ignore[misc]
+    for length, chunk in ((1, 1), (63, 100), (64, 20), (65, 64), (330, 77), (1000, 640)):
+        sizes = length, max(1, length - 5)
+        (out,) = run(alone(point), [Life(*sizes, point, 1, ratio, dim, dtype)], lambda chunk=chunk: chunk)  # type: ignore[misc]
+        (expected,) = run(alone(exact), [Life(*sizes, exact, 1, ratio, dim, dtype)], lambda chunk=chunk: chunk)  # type: ignore[misc]
         if backend.exact:
             assert torch.equal(out, expected)
         else:
