@@ -65,13 +65,15 @@ class SinkRecentBackend(Strict):
 class BudgetEntry(Strict):
     """How much is read, in one of four ways: a count of `tokens`, a `share` of what the query block may see, the pages
     that hold a `mass` of the estimated weight, or those that score a `part` of the best page's weight. With `mass` or
-    `part`, `least` tokens at any rate."""
+    `part`, `least` tokens at any rate. The `recent` tokens before the block are always read, and belong to the count or
+    share."""
 
     tokens: Tokens | None = None
     share: Share | None = None
     mass: Share | None = None
     part: Share | None = None
     least: int = Field(default=0, ge=0, le=2**30)
+    recent: int = Field(default=0, ge=0, le=2**30)
 
     @model_validator(mode="after")
     def _one(self) -> "BudgetEntry":
@@ -84,13 +86,13 @@ class BudgetEntry(Strict):
 
     def budget(self) -> Budget:
         if self.tokens is not None:
-            return Budget("tokens", self.tokens)
+            return Budget("tokens", self.tokens, recent=self.recent)
         if self.share is not None:
-            return Budget("share", self.share)
+            return Budget("share", self.share, recent=self.recent)
         if self.mass is not None:
-            return Budget("mass", self.mass, self.least)
+            return Budget("mass", self.mass, self.least, self.recent)
         assert self.part is not None
-        return Budget("part", self.part, self.least)
+        return Budget("part", self.part, self.least, self.recent)
 
 
 class BlockSparseBackend(Strict):

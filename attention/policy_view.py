@@ -28,7 +28,9 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 Keep = Literal["all"] | KeepEntry
 
 # Parameters that change nothing at these values are not worth a reader's time.
-_UNSAID: Mapping[str, object] = MappingProxyType({"above": 0, "mass": 1.0, "correct_dropped": False, "least": 0})
+_UNSAID: Mapping[str, object] = MappingProxyType(
+    {"above": 0, "mass": 1.0, "correct_dropped": False, "least": 0, "recent": 0}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ def _tokens_read(backend: Backend, length: int) -> tuple[float | None, bool]:
     if isinstance(backend, DoubleSparsityBackend):
         return backend.tokens, backend.mass < 1
     budget = backend.budget
-    return (budget.tokens if budget.share is None else budget.share * length), False
+    count = budget.tokens if budget.share is None else budget.share * length
+    return None if count is None else max(count, budget.recent), False
 
 
 def in_words(backend: Backend) -> str:

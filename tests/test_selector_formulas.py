@@ -38,10 +38,19 @@ def masses(kv: PagedKV, blocks: QueryBlocks, seed: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("tile", [32, 128, 1])
 @pytest.mark.parametrize(
-    "budget", [Budget("tokens", 64), Budget("tokens", 500), Budget("share", 0.3), Budget("share", 1.0)]
+    "budget",
+    [
+        Budget("tokens", 64),
+        Budget("tokens", 500),
+        Budget("share", 0.3),
+        Budget("share", 1.0),
+        Budget("tokens", 64, recent=100),
+        Budget("tokens", 500, recent=100),
+        Budget("share", 0.3, recent=64),
+    ],
 )
 def test_a_count_is_what_is_read_in_all(tile: int, budget: Budget) -> None:
-    """The first page and the block's own belong to it; what is read beside them has the most mass."""
+    """The first page, the block's own and the recent ones belong to it; what is read beside them has the most mass."""
     case = make_mass_case(SPANS, tile=tile)
     kv, blocks = case.kv, case.blocks
     mass = masses(kv, blocks)
@@ -54,10 +63,26 @@ def test_a_count_is_what_is_read_in_all(tile: int, budget: Budget) -> None:
             seen = (row.pos + row.count - 1) // PAGE_SIZE + 1
             own = seen - row.pos // blocks.size * blocks.size // PAGE_SIZE
             wanted = -(-int(budget.value) // PAGE_SIZE) if budget.kind == "tokens" else -(-seen * budget.value // 1)
-            assert len(read) == min(seen, max(int(wanted), own + (1 if past else 0)))
+            origin = row.pos // blocks.size * blocks.size // PAGE_SIZE
+            always = {page for page in past if page >= origin - -(-budget.recent // PAGE_SIZE)} | set(past[:1])
+            assert always <= read
+            assert len(read) == min(seen, max(int(wanted), own + len(always)))
             left = [float(mass[g, n, page]) for page in past if page not in read]
-            taken = [float(mass[g, n, page]) for page in past if page in read and page > 0]
+            taken = [float(mass[g, n, page]) for page in past if page in read and page not in always]
             assert not left or not taken or max(left) <= min(taken)
+
+
+@pytest.mark.parametrize("kind", ["mass", "part"])
+def test_recent_pages_are_read_beside_a_mass(kind: str) -> None:
+    case = make_mass_case(SPANS, tile=32)
+    mass = masses(case.kv, case.blocks)
+    alone, near = (Budget(kind, 0.5, recent=recent).pages(mass, case.kv, case.blocks) for recent in (0, 130))  # type: ignore[arg-type]
+    for n, row in enumerate(case.blocks.rows):
+        first = row.pos // 32 * 32 // PAGE_SIZE
+        recent = {page for page in past_pages(case.kv, case.blocks, n) if page >= first - 3}
+        for g in range(mass.shape[0]):
+            expected = set(alone[g, n].nonzero().flatten().tolist()) | recent
+            assert set(near[g, n].nonzero().flatten().tolist()) == expected
 
 
 @pytest.mark.parametrize("least", [0, 300])
