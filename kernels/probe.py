@@ -89,7 +89,8 @@ def _weights(q: Tensor, kv: PagedKV, span: BlockRow, g: int, pages: Tensor, scal
     at, key = torch.arange(span.pos, last + 1)[:, None], key[first:]
     seen = (key <= at) & ((key > at - window) | (key < kv.sink[span.seq, g]))
     by_head[..., first:].masked_fill_(~seen, -torch.inf)
-    return by_head.softmax(-1).sum(0)
+    weights: Tensor = by_head.softmax(-1)
+    return weights.sum(0)
 
 
 def _spread(weights: Tensor, pages: Tensor, size: int) -> Tensor:
