@@ -55,7 +55,6 @@ class Form:
 
     fact: str
     question: str
-    key: str = "{key}"  # how the key is written in a reply about several
 
 
 KINDS = ("special magic number", "pass key", "secret code", "access code", "serial number", "room number")
@@ -64,7 +63,7 @@ FORMS = (
     Form("The {kind} for {key} is {value}.", "What is the {kind} for {key}?"),
     Form("- {key}: {value}", "What is the {kind} for {key}?"),
 )
-QUOTED = Form('"{key}": "{value}",', 'What is the {kind} for "{key}"?', '"{key}"')
+QUOTED = Form('"{key}": "{value}",', 'What is the {kind} for "{key}"?')
 PAIR_FORMS = (*FORMS, QUOTED)
 SEVERAL_VALUES = "In the text above, what are all the {kind}s for {key}?"
 SEVERAL_KEYS = "In the text above, what are the {kind}s for {keys}?"
@@ -293,7 +292,8 @@ def _facts(task: Task, rng: random.Random, words: Words) -> tuple[list[list[str]
         group = [_number(rng, rng.choice((5, 6, 7))) for _ in range(task.values)]
         groups.append([form.fact.format(kind=kind, key=key, value=value) for value in group])
         text = SEVERAL_VALUES.format(kind=kind, key=key)
-        asked.append(Question(text, ", ".join(group), tuple(group)))
+        # in any order, so that none is learned that the document does not show where it is asked
+        asked.append(Question(text, ", ".join(rng.sample(group, len(group))), tuple(group)))
     names = _names(rng, words, task.chains * (task.hops + 1), task.letters)
     for chain in range(task.chains):
         facts, question = _chain(rng, names[chain * (task.hops + 1) : (chain + 1) * (task.hops + 1)])
@@ -307,8 +307,10 @@ def _ask_keys(form: Form, kind: str, pairs: Sequence[tuple[str, str]]) -> Questi
     if len(pairs) == 1:
         ((key, value),) = pairs
         return Question(form.question.format(kind=kind, key=key), value, (value,))
-    text = SEVERAL_KEYS.format(kind=kind, keys=_joined([key for key, _ in pairs]))
-    answer = " ".join(f"For {form.key.format(key=key)} it is {value}." for key, value in pairs)
+    letters = "abcdefghijklmnopqrstuvwxyz"[: len(pairs)]
+    asked = [f"({letter}) {key}" for letter, (key, _) in zip(letters, pairs, strict=True)]
+    answer = ", ".join(f"({letter}) {key}: {value}" for letter, (key, value) in zip(letters, pairs, strict=True))
+    text = SEVERAL_KEYS.format(kind=kind, keys=_joined(asked))
     return Question(text, answer, tuple(value for _, value in pairs))
 
 

@@ -22,7 +22,7 @@ MIXED = (
     Task("many", keys=16),
     Task("crowd", keys=40),
     Task("some", keys=6),
-    Task("several", keys=12, together=3),
+    Task("several", keys=12, together=4),
     Task("repeated", repeated=3, values=4),
     Task("chains", chains=3),
     Task("links", chains=6, hops=1),
@@ -88,6 +88,13 @@ class Source:
         lines = self.filler.take(rng, length - 2)
         return [self.bos, self.user, *(token for line in lines for token in self.encode(line))]
 
+    def facts(self, rng: random.Random, length: int) -> list[int]:
+        """A document of `length` tokens or a few less that is all facts."""
+        prompt = make_prompt(
+            TASKS["pairs"], length, rng.randrange(1 << 40), self.filler, split=self.split, words=self.wild, reserve=0
+        )
+        return [self.bos, self.user, *(token for line in prompt.lines for token in self.encode(line))]
+
     def example(self, task: Task, length: int, seed: int, questions: int, alone: bool) -> Example:
         words = self.wild if seed % 3 else self.words
         prompt = make_prompt(
@@ -121,7 +128,7 @@ class Source:
         for start, stop in answer.offsets:
             inside = any(start < at + size and stop > at for at, size in spans)
             first = any(start <= at < stop for at, _ in spans)
-            first |= question.answer[:start].rstrip(' "').endswith("For")  # which of several keys is next
+            first |= question.answer[:start].rstrip(' "').endswith(")")  # which of several keys is next
             weights.append(FIRST if first else ANSWER if inside else PHRASE)
         return [*answer.ids, self.end], [*weights, PHRASE]
 
@@ -131,7 +138,8 @@ def tasks_for(rng: random.Random, length: int) -> Task:
     mixed = {task.name: task for task in MIXED}
     if length <= 512:
         names = ["mixed_small", "some", "some", "links", "links_letters", "chain_letters"]
-        return rng.choice([*(mixed[name] for name in names), TASKS["variables"], TASKS["pairs"], TASKS["pairs"]])
+        plain = ["pairs", "pairs", "variables", "multiquery", "multivalue"]
+        return rng.choice([*(mixed[name] for name in names), *(TASKS[name] for name in plain)])
     names = [
         "many",
         "crowd",

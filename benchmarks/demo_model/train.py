@@ -52,6 +52,7 @@ STAGES = (
     Stage("text", 200, 8e-4, ((512, 8), (1024, 4)), until=0.95),
     Stage("farther", 760, 8e-4, ((512, 8), (512, 8), (1024, 4)), (4096, 4096, 8192, 16384, 32768), final_rate=3e-5),
     Stage("farthest", 200, 4e-4, ((512, 8), (1024, 4)), (4096, 8192, 16384, 32768, 32768), final_rate=1e-5),
+    Stage("lists", 640, 7e-4, ((512, 8), (512, 8), (1024, 4)), (4096, 8192, 16384, 32768), final_rate=1e-5),
 )
 
 
@@ -214,8 +215,9 @@ def run_step(trainer: Trainer, stage: Stage, source: Source, seed: str, rank: in
     trainer.short([next(stream) for _ in range(count)], length)
     if stage.long:
         length, full = shared.choice(stage.long), shared.random() < stage.full
-        if not trainer.stored or (not full and max(stage.long) > DOCUMENT and trainer.total % 32 == 0):
-            trainer.store(source.text(own, max(stage.long)))
+        if not trainer.stored or (not full and max(stage.long) > DOCUMENT and trainer.total % 24 == 0):
+            filler = source.facts if trainer.total % 48 == 24 else source.text
+            trainer.store(filler(own, max(stage.long) + 64))
         questions = max(4, min(24, QUESTION_KEYS // length))
         row = next(examples(source, own, length if full else min(length, DOCUMENT), questions, alone))
         trainer.long(row, length, full, own)
