@@ -5,10 +5,9 @@
     python benchmarks/sparse_accuracy.py --merge a.json b.json --out benchmarks/results/sparse_accuracy_cpu.json
 
 Points are operating points of policy files (`gossamer-demo-mixed:fast`, or a file's name alone for all of them),
-`dense`, and `sweep`: each backend for all heads, with budgets from generous to small. All points answer the same
-questions about the same documents, which training never saw, so that differences are paired. A document of real text
-holds 16 single facts, two keys of several values and two chains; a second one is asked for four keys at a time; a third
-is all facts.
+`dense`, and `sweep`: each backend alone, with budgets from generous to small. All points answer the same questions on
+the same documents, which training never saw, so that differences are paired. A document of real text holds 16 single
+facts, four keys of several values and four chains; a second one is asked for four keys at a time; a third is all facts.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from gossamer.server.engine.request import AttentionUse, Delta, Event, Request, 
 from gossamer.server.engine.tokenizer import Tokenizer
 
 KINDS = (
-    Task("facts", keys=16, repeated=2, chains=2),
+    Task("facts", keys=16, repeated=4, chains=4),
     Task("several", keys=16, together=4),
     TASKS["pairs"],
 )

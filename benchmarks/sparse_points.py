@@ -15,37 +15,48 @@ LAYERS, KV_HEADS = 4, 4  # of the demo model
 MODEL = {"layers": LAYERS, "kv_heads": KV_HEADS, "query_heads": 8, "head_dim": 64}
 
 
+FINDER = {"layers": 1, "heads": 1}  # the head of the demo model that finds facts: no whole page stands for a token
+
+
 def sweep(name: str) -> dict[str, PolicyFile]:
-    """For each backend a policy with a point for each budget, for all heads alike. `name` begins the files' names."""
+    """For each backend a policy with a point for each budget, for all heads alike; the page-level backends leave the
+    finder dense, and streaming leaves out its layer. `name` begins the names of the files with labels and gates."""
     shares = (0.5, 0.25, 0.125, 0.0625)
     gates, labels = f"{name}-gates.safetensors", f"{name}-labels.safetensors"
 
     def block(share: float, **more: Any) -> dict[str, Any]:
-        return {"backend": "block-sparse", "budget": {"share": share}, "above": 1024, **more}
+        return {"backend": "block-sparse", "budget": {"share": share, "recent": 128}, **more}
 
-    def gate(share: float) -> dict[str, Any]:
-        return {"backend": "learned-gate", "file": gates, "budget": {"share": share}, "above": 1024}
+    def both(backend: dict[str, Any], decode: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"default": {"prefill": backend, "decode": decode or backend}, "rows": [FINDER]}
 
-    def slash(share: float) -> dict[str, Any]:
-        return {"backend": "vertical-slash", "columns": 4096, "diagonals": 1024, "mass": share, "above": 1024}
-
-    def double(tokens: int) -> dict[str, Any]:
-        return {"backend": "double-sparsity", "file": labels, "channels": 16, "tokens": tokens, "above": 1024}
-
-    entries: dict[str, dict[str, dict[str, Any]]] = {
-        "mean": {f"{s:g}": {"prefill": block(s), "decode": block(s)} for s in shares},
-        "mean-corrected": {
-            f"{s:g}": {key: block(s, correct_dropped=True) for key in ("prefill", "decode")} for s in shares
+    points: dict[str, dict[str, dict[str, Any]]] = {
+        "block-sparse-mean": {f"{s:g}": both(block(s, correct_dropped=True)) for s in shares},
+        "block-sparse-antidiagonal": {
+            f"{s:g}": both(block(s, score="antidiagonal", stride=8), block(s, score="bounds")) for s in shares
         },
-        "antidiagonal-bounds": {
-            f"{s:g}": {"prefill": block(s, score="antidiagonal"), "decode": block(s, score="bounds")} for s in shares
+        "learned-gate": {
+            f"{s:g}": both({"backend": "learned-gate", "file": gates, "budget": {"share": s, "recent": 128}})
+            for s in shares
         },
-        "learned-gate": {f"{s:g}": {"prefill": gate(s), "decode": gate(s)} for s in shares},
-        "vertical-slash": {f"{m:g}": {"prefill": slash(m)} for m in (0.95, 0.8, 0.6, 0.4)},
-        "double-sparsity": {f"{n}": {"decode": double(n)} for n in (4096, 1024, 256, 64)},
+        "vertical-slash": {
+            f"{columns}-{diagonals}": {
+                "default": {"prefill": {"backend": "vertical-slash", "columns": columns, "diagonals": diagonals}}
+            }
+            for columns, diagonals in ((2048, 64), (512, 8), (128, 4), (32, 2))
+        },
+        "double-sparsity": {
+            f"{tokens}": {"default": {"decode": {"backend": "double-sparsity", "file": labels, "tokens": tokens}}}
+            for tokens in (2048, 512, 128, 32)
+        },
         "streaming": {
-            f"{n}": {key: {"backend": "sink-recent", "sink": 64, "recent": n} for key in ("prefill", "decode")}
-            for n in (8192, 2048)
+            f"{recent}": {
+                "rows": [
+                    {"layers": "0, 2-3"}
+                    | {key: {"backend": "sink-recent", "sink": 64, "recent": recent} for key in ("prefill", "decode")}
+                ]
+            }
+            for recent in (1024, 256, 64)
         },
     }
     return {
@@ -55,10 +66,10 @@ def sweep(name: str) -> dict[str, PolicyFile]:
                 "name": backend,
                 "model": MODEL,
                 "provenance": {"source": "written by hand"},
-                "points": {point: {"default": default} for point, default in points.items()},
+                "points": own,
             }
         )
-        for backend, points in entries.items()
+        for backend, own in points.items()
     }
 
 
