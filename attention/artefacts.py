@@ -2,9 +2,9 @@
 
 A labels file holds `layers.{i}` [KV heads, C] integers: the head's channels, the most important first. A gates file
 holds for each layer i and phase p (prefill, decode) `layers.{i}.{p}.query` [KV heads, J, ratio * D, E], and
-`layers.{i}.{p}.key` [KV heads, 3 D, E], optionally `layers.{i}.{p}.query_norm` and `.key_norm` [E]; `rotary.model` and
-`rotary.gate` hold the inverse frequencies of both rotations, and the metadata may hold `scaling`, the model's factor on
-rotated keys (YaRN).
+`layers.{i}.{p}.key` [KV heads, 3 D, E], or [KV heads, J, 3 D, E] with a key for each gate query; optionally
+`layers.{i}.{p}.query_norm` and `.key_norm` [E]; `rotary.model` and `rotary.gate` hold the inverse frequencies of both
+rotations, and the metadata may hold `scaling`, the model's factor on rotated keys (YaRN).
 """
 
 import hashlib
@@ -58,11 +58,14 @@ class Artefacts:
         digest, tensors, metadata = self._file(name)
         part = f"layers.{layer}.{phase}"
         query = self._tensor(name, tensors, f"{part}.query", (kv_heads, None, None, None)).to(self._device)
-        key = self._tensor(name, tensors, f"{part}.key", (kv_heads, None, query.shape[3])).to(self._device)
-        dim, spare = divmod(key.shape[1], 3)
+        one = f"{part}.key" in tensors and tensors[f"{part}.key"].dim() == 3
+        wanted = (kv_heads, None, query.shape[3]) if one else (kv_heads, query.shape[1], None, query.shape[3])
+        key = self._tensor(name, tensors, f"{part}.key", wanted).to(self._device)
+        key = key[:, None] if one else key
+        dim, spare = divmod(key.shape[2], 3)
         if spare or dim != (head_dim or dim) or query.shape[2] % dim:
             raise ArtefactError(
-                f"The gates of layer {layer} in {name} are for heads of {key.shape[1] / 3:g} channels; make gates for "
+                f"The gates of layer {layer} in {name} are for heads of {key.shape[2] / 3:g} channels; make gates for "
                 "this model."
             )
         frequencies = (self._tensor(name, tensors, f"rotary.{which}", (None,)) for which in ("model", "gate"))

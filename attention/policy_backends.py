@@ -63,25 +63,26 @@ class SinkRecentBackend(Strict):
 
 
 class BudgetEntry(Strict):
-    """How much is read, in one of four ways: a count of `tokens`, a `share` of what the query block may see, the pages
-    that hold a `mass` of the estimated weight, or those that score a `part` of the best page's weight. With `mass` or
-    `part`, `least` tokens at any rate. The `recent` tokens before the block are always read, and belong to the count or
-    share."""
+    """How much is read, in one of five ways: a count of `tokens`, a `share` of what the query block may see, the pages
+    that hold a `mass` of the estimated weight, those that score a `part` of the best page's weight, or those of at
+    least some `weight`. With `mass`, `part` or `weight`, `least` tokens at any rate. The `recent` tokens before the
+    block are always read, and belong to the count or share."""
 
     tokens: Tokens | None = None
     share: Share | None = None
     mass: Share | None = None
     part: Share | None = None
+    weight: Share | None = None
     least: int = Field(default=0, ge=0, le=2**30)
     recent: int = Field(default=0, ge=0, le=2**30)
 
     @model_validator(mode="after")
     def _one(self) -> "BudgetEntry":
-        given = [name for name in ("tokens", "share", "mass", "part") if getattr(self, name) is not None]
+        given = [name for name in ("tokens", "share", "mass", "part", "weight") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError("a budget is one of tokens, share, mass and part")
+            raise ValueError("a budget is one of tokens, share, mass, part and weight")
         if self.least and given[0] in ("tokens", "share"):
-            raise ValueError(f"least goes with mass or part, not with {given[0]}")
+            raise ValueError(f"least goes with mass, part or weight, not with {given[0]}")
         return self
 
     def budget(self) -> Budget:
@@ -91,8 +92,10 @@ class BudgetEntry(Strict):
             return Budget("share", self.share, recent=self.recent)
         if self.mass is not None:
             return Budget("mass", self.mass, self.least, self.recent)
-        assert self.part is not None
-        return Budget("part", self.part, self.least, self.recent)
+        if self.part is not None:
+            return Budget("part", self.part, self.least, self.recent)
+        assert self.weight is not None
+        return Budget("weight", self.weight, self.least, self.recent)
 
 
 class BlockSparseBackend(Strict):

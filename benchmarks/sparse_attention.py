@@ -94,7 +94,7 @@ def gate(shape: Shape, phase: str, budget: Budget) -> LearnedGate:
     wide, device = shape.head_dim, shape.device
     rotary = Rotary(10000.0 ** -(torch.arange(wide // 2, device=device) * 2 / wide))
     keys = GateKeys(
-        f"noise {phase}", 0, torch.randn(shape.kv_heads, 3 * wide, wide, device=device), None, rotary, rotary
+        f"noise {phase}", 0, torch.randn(shape.kv_heads, 1, 3 * wide, wide, device=device), None, rotary, rotary
     )
     query = torch.randn(shape.kv_heads, 1, shape.ratio * wide, wide, device=device)
     return LearnedGate(keys, budget, query, None, phase)

@@ -147,10 +147,11 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class GateKeys:
-    """A learned gate's key of a page [E]: maximum, minimum and mean of the page's keys before RoPE, projected, and
-    rotated at the page's first position (SeerAttention, Gao et al. 2024; SeerAttention-R, 2025).
+    """A learned gate's keys of a page [K, E]: maximum, minimum and mean of the page's keys before RoPE, projected, and
+    rotated at the page's first position (SeerAttention, Gao et al. 2024; SeerAttention-R, 2025). K is 1, or one for
+    each query head of the group.
 
-    source: which gate, the same in all layers. weight [KV heads of the layer, 3 D, E]; norm [E] or None.
+    source: which gate, the same in all layers. weight [KV heads of the layer, K, 3 D, E]; norm [E] or None.
     """
 
     source: str
@@ -162,10 +163,10 @@ class GateKeys:
 
     @property
     def name(self) -> str:
-        return f"gate keys of {self.source}"
+        return f"{self.weight.shape[1]} gate keys of {self.source}"
 
     def shape(self, page_size: int, head_dim: int) -> tuple[int, ...]:
-        return (self.weight.shape[2],)
+        return (self.weight.shape[1], self.weight.shape[3])
 
     def write(self, kv: PagedKV, filled: FilledPages) -> None:
         physical, first = filled.physical(kv).long(), filled.page * kv.page_size
@@ -173,11 +174,11 @@ class GateKeys:
         pooled = torch.empty(*keys.shape[:2], 3, keys.shape[3], device=keys.device)
         number = torch.arange(physical.numel(), dtype=torch.int32, device=keys.device)
         page_pools(keys, number, first, self.rotary.inv_freq, self.rotary.scaling, pooled)
-        keys = torch.bmm(pooled.flatten(2), self.weight[kv.heads.long()].float())
+        keys = pooled.flatten(2)[:, None] @ self.weight[kv.heads.long()].float()  # [G, K, f, E]
         if self.norm is not None:
             keys = torch.nn.functional.rms_norm(keys, self.norm.shape, self.norm.float(), 1e-6)
         table = kv.summaries[self.name]
-        table[:, physical] = self.turned.turn(keys, first.expand(keys.shape[:2])).to(table.dtype)
+        table[:, physical] = self.turned.turn(keys, first.expand(keys.shape[:3])).transpose(1, 2).to(table.dtype)
 
 
 def shapes_by_group(

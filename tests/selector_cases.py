@@ -39,15 +39,15 @@ def labels(heads: int, dim: int) -> Labels:
     return Labels("test", tuple(map(tuple, channels)), torch.tensor(channels, dtype=torch.int32))
 
 
-def gate(phase: str, heads: int, ratio: int, dim: int, budget: Budget, *, corrects: bool = False) -> LearnedGate:
-    """A gate with random weights: one gate query per query head for prompts, one per KV head for generated tokens."""
+def gate(phase: str, heads: int, ratio: int, dim: int, budget: Budget, *, own_keys: bool = False) -> LearnedGate:
+    """A gate with random weights: one gate query per query head for prompts, one per KV head for generated tokens. Each
+    gate query has its own keys, or they share them."""
     generator = torch.Generator().manual_seed(dim)
     rotary = Rotary(10000.0 ** -(torch.arange(dim // 2) * 2 / dim))
     turned = Rotary(10000.0 ** -(torch.arange(GATE_DIM // 2) * 2 / GATE_DIM))
-    keys = GateKeys(
-        f"test {phase}", 0, torch.randn(heads, 3 * dim, GATE_DIM, generator=generator), None, rotary, turned
-    )
     queries = 1 if phase == "decode" else ratio
+    weight = torch.randn(heads, queries if own_keys else 1, 3 * dim, GATE_DIM, generator=generator)
+    keys = GateKeys(f"test {phase}", 0, weight, None, rotary, turned)
     query = torch.randn(heads, queries, ratio * dim, GATE_DIM, generator=generator)
     return LearnedGate(keys, budget, query, torch.ones(GATE_DIM) if phase == "decode" else None, phase)
 
@@ -94,6 +94,12 @@ BACKENDS = (
         "gate",
         lambda g, r, d: gate("prefill", g, r, d, ALL),
         lambda g, r, d: gate("prefill", g, r, d, MASS),
+        generated=False,
+    ),
+    Backend(
+        "gate-keys",
+        lambda g, r, d: gate("prefill", g, r, d, ALL, own_keys=True),
+        lambda g, r, d: gate("prefill", g, r, d, MASS, own_keys=True),
         generated=False,
     ),
     Backend(

@@ -235,5 +235,7 @@ def test_packaged_policies_load_and_survive_a_round_trip(tmp_path: Path) -> None
         again = tmp_path / "again.yaml"
         again.write_text(yaml.safe_dump(entry.model_dump(mode="json"), sort_keys=False))
         assert load_policy_file(again) == entry
-        points = load_policy_file(again).policy(Artefacts(tmp_path)).points
-        assert [point.heads for point in points] == [point.heads for point in entry.policy(Artefacts(tmp_path)).points]
+        points = load_policy_file(again).policy(Artefacts(file.parent)).points
+        assert [point.heads for point in points] == [
+            point.heads for point in entry.policy(Artefacts(file.parent)).points
+        ]

@@ -72,7 +72,7 @@ def test_a_count_is_what_is_read_in_all(tile: int, budget: Budget) -> None:
             assert not left or not taken or max(left) <= min(taken)
 
 
-@pytest.mark.parametrize("kind", ["mass", "part"])
+@pytest.mark.parametrize("kind", ["mass", "part", "weight"])
 def test_recent_pages_are_read_beside_a_mass(kind: str) -> None:
     case = make_mass_case(SPANS, tile=32)
     mass = masses(case.kv, case.blocks)
@@ -90,7 +90,7 @@ def test_mass_and_part(least: int) -> None:
     case = make_mass_case(SPANS, tile=32)
     kv, blocks = case.kv, case.blocks
     mass = masses(kv, blocks)
-    for kind, value in (("mass", 0.5), ("mass", 0.99), ("part", 0.4), ("part", 1.0)):
+    for kind, value in (("mass", 0.5), ("mass", 0.99), ("part", 0.4), ("part", 1.0), ("weight", 0.05)):
         chosen = Budget(kind, value, least).pages(mass, kv, blocks)  # type: ignore[arg-type]
         for g in range(mass.shape[0]):
             for n, row in enumerate(blocks.rows):
@@ -99,6 +99,8 @@ def test_mass_and_part(least: int) -> None:
                 weights = sorted((float(mass[g, n, page]) for page in past), reverse=True)
                 if kind == "part":
                     enough = [w for w in weights if w > 0 and w >= value * weights[0]]
+                elif kind == "weight":
+                    enough = [w for w in weights if w >= value]
                 else:
                     enough, need = [], value * sum(weights)
                     for w in weights:  # whole ties are taken
@@ -173,8 +175,8 @@ def test_rotary_turns_and_turns_back() -> None:
     torch.testing.assert_close(rotary.turn(there, position, back=True), x, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_a_gate_is_its_formula(phase: str) -> None:
+@pytest.mark.parametrize(("phase", "own_keys"), [("prefill", False), ("prefill", True), ("decode", False)])
+def test_a_gate_is_its_formula(phase: str, own_keys: bool) -> None:
     """SeerAttention, for one block: pooled keys of each page, the block's mean query, both before RoPE, projected,
     rotated at block and page starts, softmax over the past pages."""
     heads, ratio, dim, length = 2, 2, 16, 330
@@ -183,9 +185,10 @@ def test_a_gate_is_its_formula(phase: str) -> None:
         ((length - 5, 5),) if tile > 1 else ((length - 1, 1),), tile=tile, ratio=ratio, heads=(0, 1), dim=dim
     )
     kv, blocks = case.kv, case.blocks
-    selector = gate(phase, heads, ratio, dim, Budget("tokens", 192))
+    selector = gate(phase, heads, ratio, dim, Budget("tokens", 192), own_keys=own_keys)
     keys, rotary, own = selector.keys, selector.keys.rotary, selector.keys.turned
-    table = torch.full((heads, kv.k.shape[1], GATE_DIM), float("nan"))
+    per_page = keys.weight.shape[1]
+    table = torch.full((heads, kv.k.shape[1], per_page, GATE_DIM), float("nan"))
     view = PagedKV(kv.k, kv.v, kv.table, kv.length, kv.heads, kv.sink, kv.window, kv.ratio, {keys.name: table})
     keys.write(view, FilledPages.of([(0, page) for page in range(length // PAGE_SIZE)], "cpu"))
     proposal = selector.propose(case.q, view, blocks, case.scale)
@@ -197,7 +200,8 @@ def test_a_gate_is_its_formula(phase: str) -> None:
                 places = range(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
                 plain = torch.stack([turned(case.keys[0][at, g], at, rotary.inv_freq, -1.0) for at in places])
                 pooled = torch.cat((plain.amax(0), plain.amin(0), plain.mean(0)))
-                gate_keys.append(turned(pooled @ keys.weight[g].double(), page * PAGE_SIZE, own.inv_freq))
+                projected = [pooled @ weight.double() for weight in keys.weight[g]]
+                gate_keys.append(torch.stack([turned(key, page * PAGE_SIZE, own.inv_freq) for key in projected]))
             rows = []
             for i in range(row.count):
                 group = case.q[row.token + i, g * ratio : (g + 1) * ratio]
@@ -209,7 +213,8 @@ def test_a_gate_is_its_formula(phase: str) -> None:
                 if selector.norm is not None:
                     asked = asked / (asked.pow(2).mean() + 1e-6).sqrt()
                 asked = turned(asked, row.pos // tile * tile, own.inv_freq)
-                shares.append((torch.stack(gate_keys) @ asked * GATE_DIM**-0.5).softmax(0))
+                of_pages = torch.stack(gate_keys)[:, j % per_page]
+                shares.append((of_pages @ asked * GATE_DIM**-0.5).softmax(0))
             mass = torch.stack(shares).amax(0)
             mass[0] = 2.0  # the first page is always read and counts
             own_pages = (row.pos + row.count - 1) // PAGE_SIZE - row.pos // tile * tile // PAGE_SIZE + 1

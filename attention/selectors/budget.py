@@ -12,14 +12,15 @@ from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A count of tokens, a share of the keys that the block may see, the smallest set of pages that holds a mass, or
-    the pages that score at least a part of the best one (FlashPrefill's alpha).
+    """A count of tokens, a share of the keys that the block may see, the smallest set of pages that holds a mass, the
+    pages that score at least a part of the best one (FlashPrefill's alpha), or those of at least some weight
+    (SeerAttention's threshold; the longer the sequence, the fewer reach it).
 
     Count and share include what every block reads anyway: the first page, its own, and those of the `recent` tokens
-    before it, which no estimate has to find. For a mass or a part, at least `least` tokens are read.
+    before it, which no estimate has to find. Otherwise, at least `least` tokens are read.
     """
 
-    kind: Literal["tokens", "share", "mass", "part"]
+    kind: Literal["tokens", "share", "mass", "part", "weight"]
     value: float
     least: int = 0  # tokens
     recent: int = 0  # tokens before the block, rounded up to pages
@@ -40,6 +41,8 @@ class Budget:
             chosen = choose_mass(mass, self.value)
         elif self.kind == "part":
             chosen = (mass >= self.value * mass.amax(-1, keepdim=True)) & (mass > 0)
+        elif self.kind == "weight":
+            chosen = mass >= self.value
         else:
             chosen = self._count(mass, self._wanted(kv, blocks) - own, near, kv, blocks)
         if self.least:

@@ -19,7 +19,8 @@ class LearnedGate:
 
     query [KV heads of the layer, J, ratio * D, E]: J gate queries, each projected from the group's queries, which are
     averaged over the block and rotated back to before RoPE. A gate of SeerAttention has one gate query per query head
-    (block-diagonal in `ratio`), one of SeerAttention-R has one for the whole group.
+    (block-diagonal in `ratio`), and may have a key of each page for each of them; one of SeerAttention-R has one query
+    for the whole group.
     """
 
     keys: GateKeys
@@ -45,8 +46,20 @@ class LearnedGate:
         pooled = replace(blocks, rows=rows, token=token, count=torch.ones_like(token))
         heads = torch.arange(kv.heads.numel(), dtype=torch.int32, device=q.device)
         view = replace(kv, heads=heads, ratio=self.query.shape[1])
-        mass = page_mass(gate, view, pooled, kv.summaries[self.keys.name], scale=self.query.shape[3] ** -0.5)
+        mass = self._mass(gate, view, pooled, kv.summaries[self.keys.name])
         return Proposal(self.budget.pages(mass, kv, blocks))
+
+    def _mass(self, gate: Tensor, kv: PagedKV, pooled: QueryBlocks, keys: Tensor) -> Tensor:
+        """gate [N, G * J, E], keys [G, P, K, E] -> [G, N, L]"""
+        scale, count = self.query.shape[3] ** -0.5, keys.shape[2]
+        if count == 1:
+            return page_mass(gate, kv, pooled, keys[:, :, 0], scale=scale)
+        own, single = gate.unflatten(1, (-1, count)), replace(kv, ratio=1)
+        masses = [
+            page_mass(own[:, :, j].contiguous(), single, pooled, keys[:, :, j], scale=scale) for j in range(count)
+        ]
+        largest = torch.stack(masses).amax(0)
+        return largest / largest.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _queries(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks) -> Tensor:
         """[N, G * J, E]"""
