@@ -11,7 +11,7 @@ from attend_cases import Life, run, uniform
 from torch import Tensor
 
 from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
-from gossamer.attention.selectors import Dense, Proposal, Selector, SinkRecent
+from gossamer.attention.selectors import BlockSparse, Budget, Dense, Proposal, Selector, SinkRecent
 from gossamer.attention.step import TILE_ROWS
 from gossamer.kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks
 from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
@@ -207,3 +207,41 @@ def test_layers_that_ask_different_things_do_not_share() -> None:
         lives = [Life(200, 190, point, 9)]
         (out,) = run(policy, lives, lambda: 80, layer=layer)
         torch.testing.assert_close(out.double(), right_of(lives[0], layer), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [TILE, 1000])
+def test_dropped_pages_count_through_their_means_where_a_selector_says_so(chunk: int) -> None:
+    """A budget of one page leaves the first page and a tile's own; the second head's others count as one key each."""
+    length, prompt = 400, 390
+    plain, corrected = (BlockSparse(Budget("tokens", 1), corrects=corrects) for corrects in (False, True))
+    point = uniform("p", HeadPolicy(plain, plain, KeepAll()), HeadPolicy(corrected, corrected, KeepAll()))
+    life = Life(length, prompt, point, 5)
+    (out,) = run(AttentionPolicy("p", (point,)), [life], lambda: chunk)
+    q, k, v = life.q.double(), life.k.double(), life.v.double()
+    for t in range(length):
+        own = (t // TILE * TILE if t < prompt else t) // PAGE_SIZE * PAGE_SIZE
+        read = [*range(min(PAGE_SIZE, own)), *range(own, t + 1)]
+        dropped = range(PAGE_SIZE, own, PAGE_SIZE)
+        for head in range(2):
+            keys, values, extra = [k[read, head]], [v[read, head]], [torch.zeros(len(read))]
+            for first in dropped if head == 1 else ():
+                page = slice(first, first + PAGE_SIZE)
+                keys.append(k[page, head].mean(0, keepdim=True))
+                values.append(v[page, head].mean(0, keepdim=True))
+                extra.append(torch.tensor([math.log(PAGE_SIZE)]))
+            for query_head in (RATIO * head, RATIO * head + 1):
+                logits = torch.cat(keys) @ q[t, query_head] * DIM**-0.5 + torch.cat(extra)
+                expected = logits.softmax(0) @ torch.cat(values)
+                torch.testing.assert_close(out[t, query_head].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [300, 100])
+def test_a_selector_is_asked_from_its_length_on(prompt: int) -> None:
+    """The query block that begins at `above` is the first that is not dense, in a prompt and behind it."""
+    sparse = BlockSparse(Budget("tokens", 1), above=2 * TILE)
+    outs = []
+    for each in (uniform("p", HeadPolicy(sparse, sparse, KeepAll())), uniform("d", DENSE)):
+        (out,) = run(AttentionPolicy("p", (each,)), [Life(300, prompt, each, 2)], lambda: 64)
+        outs.append(out)
+    differ = (outs[0] - outs[1]).abs().amax((1, 2)) > 1e-6
+    assert not differ[: 2 * TILE].any() and differ[2 * TILE]
