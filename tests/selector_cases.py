@@ -46,9 +46,9 @@ def gate(phase: str, heads: int, ratio: int, dim: int, budget: Budget, *, own_ke
     rotary = Rotary(10000.0 ** -(torch.arange(dim // 2) * 2 / dim))
     turned = Rotary(10000.0 ** -(torch.arange(GATE_DIM // 2) * 2 / GATE_DIM))
     queries = 1 if phase == "decode" else ratio
-    weight = torch.randn(heads, queries if own_keys else 1, 3 * dim, GATE_DIM, generator=generator)
+    weight = torch.randn(heads, queries if own_keys else 1, 3 * dim, GATE_DIM, generator=generator) * 2 / dim**0.5
     keys = GateKeys(f"test {phase}", 0, weight, None, rotary, turned)
-    query = torch.randn(heads, queries, ratio * dim, GATE_DIM, generator=generator)
+    query = torch.randn(heads, queries, ratio * dim, GATE_DIM, generator=generator) / dim**0.5
     return LearnedGate(keys, budget, query, torch.ones(GATE_DIM) if phase == "decode" else None, phase)
 
 

@@ -1,6 +1,7 @@
 """Selectors against their definitions, written out with loops."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,13 +186,16 @@ def test_a_gate_is_its_formula(phase: str, own_keys: bool) -> None:
         ((length - 5, 5),) if tile > 1 else ((length - 1, 1),), tile=tile, ratio=ratio, heads=(0, 1), dim=dim
     )
     kv, blocks = case.kv, case.blocks
-    selector = gate(phase, heads, ratio, dim, Budget("tokens", 192), own_keys=own_keys)
+    selector = gate(phase, heads, ratio, dim, Budget("tokens", 64), own_keys=own_keys)
     keys, rotary, own = selector.keys, selector.keys.rotary, selector.keys.turned
     per_page = keys.weight.shape[1]
     table = torch.full((heads, kv.k.shape[1], per_page, GATE_DIM), float("nan"))
     view = PagedKV(kv.k, kv.v, kv.table, kv.length, kv.heads, kv.sink, kv.window, kv.ratio, {keys.name: table})
     keys.write(view, FilledPages.of([(0, page) for page in range(length // PAGE_SIZE)], "cpu"))
-    proposal = selector.propose(case.q, view, blocks, case.scale)
+    pages_of = {
+        count: replace(selector, budget=Budget("tokens", count * PAGE_SIZE)).propose(case.q, view, blocks, case.scale)
+        for count in range(2, 6)
+    }
     for n, row in enumerate(blocks.rows):
         pages = past_pages(kv, blocks, n)
         for g in range(heads):
@@ -218,8 +222,9 @@ def test_a_gate_is_its_formula(phase: str, own_keys: bool) -> None:
             mass = torch.stack(shares).amax(0)
             mass[0] = 2.0  # the first page is always read and counts
             own_pages = (row.pos + row.count - 1) // PAGE_SIZE - row.pos // tile * tile // PAGE_SIZE + 1
-            best = mass.topk(min(len(pages), max(0, 3 - own_pages))).indices.tolist()
-            assert proposal.pages[g, n].nonzero().flatten().tolist() == sorted(pages[i] for i in best)
+            for count, proposal in pages_of.items():
+                best = mass.topk(min(len(pages), max(0, count - own_pages))).indices.tolist()
+                assert proposal.pages[g, n].nonzero().flatten().tolist() == sorted(pages[i] for i in best)
 
 
 def test_mean_keys_are_those_of_full_pages() -> None:
