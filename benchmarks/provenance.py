@@ -14,13 +14,18 @@ import torch
 def provenance() -> dict[str, Any]:
     """For the JSON file of a run."""
     return {
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(["python", *map(_plain, sys.orig_argv[1:])]),
         "commit": _commit(),
         "device": _device(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: found for name in ("torch", "transformers", "triton", "numpy") if (found := _version(name))},
     }
+
+
+def _plain(argument: str) -> str:
+    """An argument without the folders of the machine it was run on."""
+    return "/".join(Path(argument).parts[-3:]) if argument.startswith("/") else argument
 
 
 def _commit() -> str:
