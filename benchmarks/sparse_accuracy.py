@@ -20,18 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo_engine import start
 from demo_model.evaluate import weights_digest, wilson
 from provenance import provenance
 from sparse_points import chosen_points
 
-from gossamer.attention.policy import AttentionPolicy
 from gossamer.attention.profiling.tasks import CHAIN, TASKS, Filler, Prompt, Question, Task, make_prompt, score
 from gossamer.server.config import DEMO_MODEL, ServerConfig
-from gossamer.server.engine.build import assemble
 from gossamer.server.engine.engine import Engine
-from gossamer.server.engine.model import load_model
 from gossamer.server.engine.request import AttentionUse, Delta, Event, Request, SamplingParams
-from gossamer.server.engine.tokenizer import Tokenizer
 
 KINDS = (
     Task("facts", keys=16, repeated=4, chains=4),
@@ -91,28 +88,6 @@ class Reply:
             if event.finish_reason is not None:
                 self.use = event.attention
                 self.done.set()
-
-
-class Silent:
-    """An observer that keeps nothing."""
-
-    def step(self, record: object) -> None: ...
-    def first_token(self, record: object) -> None: ...
-    def inter_token(self, seconds: float) -> None: ...
-    def finished(self, record: object) -> None: ...
-
-
-def start(model: str, policy: AttentionPolicy) -> Engine:
-    """An engine with room for one document at each point."""
-    config = ServerConfig(model=model, dtype="bfloat16", kv_cache_memory=6 * 2**30, max_num_seqs=32)
-    path = config.model_path
-    tokenizer = Tokenizer.load(path, revision=None, chat_template=None)
-    loaded = load_model(
-        path, revision=None, dtype="bfloat16", device=torch.device("cpu"), served_length=None, report=print
-    )
-    engine = assemble(config, loaded, tokenizer, policy, Silent(), print)
-    engine.start()
-    return engine
 
 
 def kind_of(task: Task, question: Question) -> str:
@@ -213,7 +188,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     policy = chosen_points(args.points, args.artefacts)
-    engine = start(args.model, policy)
+    engine = start(ServerConfig(model=args.model, dtype="bfloat16", kv_cache_memory=6 * 2**30, max_num_seqs=32), policy)
     filler = Filler(
         args.text.read_text(encoding="utf-8").replace("\0", "\n").split("\n"),
         lambda text: engine.tokenizer.encode(text, add_special_tokens=False),

@@ -21,17 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo_engine import start
 from provenance import provenance
-from sparse_accuracy import Silent
 from sparse_points import chosen_points
 
 from gossamer.attention.policy import AttentionPolicy
 from gossamer.server.config import DEMO_MODEL, ServerConfig
-from gossamer.server.engine.build import assemble
 from gossamer.server.engine.engine import Engine
-from gossamer.server.engine.model import load_model
 from gossamer.server.engine.request import AttentionUse, Delta, Event, Request, SamplingParams, Started
-from gossamer.server.engine.tokenizer import Tokenizer
 
 
 @dataclass
@@ -52,7 +49,7 @@ class Run:
             self.done.set()
 
 
-def start(model: str, policy: AttentionPolicy, longest: int, device: str) -> Engine:
+def start_long(model: str, policy: AttentionPolicy, longest: int, device: str) -> Engine:
     """An engine with room for one sequence of `longest` tokens, and without prefix caching."""
     source = ServerConfig(model=model).model_path
     with tempfile.TemporaryDirectory() as folder:
@@ -68,13 +65,7 @@ def start(model: str, policy: AttentionPolicy, longest: int, device: str) -> Eng
             enable_prefix_caching=False,
             max_model_len=longest,
         )
-        loaded = load_model(
-            folder, revision=None, dtype="bfloat16", device=torch.device(device), served_length=longest, report=print
-        )
-        tokenizer = Tokenizer.load(folder, revision=None, chat_template=None)
-    engine = assemble(settings, loaded, tokenizer, policy, Silent(), print)
-    engine.start()
-    return engine
+        return start(settings, policy, device)
 
 
 def run(engine: Engine, point: str, prompt: list[int], new: int) -> Run:
@@ -136,7 +127,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     policy = chosen_points(list(dict.fromkeys(["dense", *args.points])), DEMO_MODEL)
-    engine = start(args.model, policy, max(args.lengths) + args.tokens, args.device)
+    engine = start_long(args.model, policy, max(args.lengths) + args.tokens, args.device)
     results: list[dict[str, Any]] = []
     for length in args.lengths:
         results += measure(engine, list(policy.names), length, args.tokens, args.rounds)

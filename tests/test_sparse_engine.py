@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import ask, load_tiny, make_engine, running_engine
+from engines import ask, make_engine, running_engine
 from selector_cases import gate, labels
-from tiny_models import VOCAB, save_tiny_model
+from tiny_models import VOCAB
 
 from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
 from gossamer.attention.selectors import BlockSparse, Budget, DoubleSparsity, SinkRecent
 from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
-from gossamer.server.config import ServerConfig
 from gossamer.server.engine.model import Model
 
 RATIO, DIM = 2, 32
@@ -28,16 +27,6 @@ POLICY = AttentionPolicy(
     ),
 )
 LENGTHS = (70, 400, 515, 640)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint: Path) -> Model:
-    return load_tiny(ServerConfig(model=str(checkpoint), dtype="float32"))
 
 
 def prompts() -> list[list[int]]:

@@ -41,16 +41,6 @@ def masked_attention(
     return (weights @ value.repeat_interleave(ratio, 1)).transpose(1, 2), None
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint: Path) -> Model:
-    return load_tiny(ServerConfig(model=str(checkpoint), dtype="float32"))
-
-
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(4, VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]

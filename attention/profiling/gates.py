@@ -113,6 +113,7 @@ def distil(lessons: Sequence[Lesson], turned: Rotary, steps: int, rate: float = 
 
 def write_gates(path: Path, layers: Sequence[Mapping[Phase, GateWeights]], model: Rotary, gate: Rotary) -> None:
     """The file that a policy's learned-gate backend names (attention/artefacts.py), the weights in bfloat16."""
+    # a copy, because safetensors refuses tensors that share memory, as the rotations of both often do
     tensors = {"rotary.model": model.inv_freq.cpu(), "rotary.gate": gate.inv_freq.cpu().clone()}
     for number, phases in enumerate(layers):
         for phase, weights in phases.items():
