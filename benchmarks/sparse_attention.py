@@ -107,7 +107,7 @@ def labels(shape: Shape) -> Labels:
 
 
 def prefill_backends(shape: Shape, share: float, length: int) -> dict[str, Selector]:
-    """Every backend for prompts, set to read about `share` of the keys."""
+    """Every backend for prompts, set to read about `share` of the keys; a diagonal crosses two pages of a block."""
     budget, few = Budget("share", share), int(length * share / 2)
     return {
         "dense": Dense(),
@@ -116,8 +116,8 @@ def prefill_backends(shape: Shape, share: float, length: int) -> dict[str, Selec
         "block-sparse mean, corrected": BlockSparse(budget, corrects=True),
         "block-sparse antidiagonal 16": BlockSparse(budget, "antidiagonal", 16),
         "block-sparse antidiagonal 8": BlockSparse(budget, "antidiagonal", 8),
-        "vertical-slash": VerticalSlash(few, few // 8),
-        "vertical-slash mass": VerticalSlash(few, few // 8, mass=0.9),
+        "vertical-slash": VerticalSlash(few, few // (2 * PAGE_SIZE)),
+        "vertical-slash mass": VerticalSlash(few, few // (2 * PAGE_SIZE), mass=0.9),
         "learned-gate": gate(shape, "prefill", budget),
     }
 

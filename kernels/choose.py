@@ -4,6 +4,7 @@ A row's entries are float32 and not negative; nothing here keeps an entry that i
 order of the terms does not decide who is kept, and a row's answer depends on that row alone.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def choose_count_torch(mass: Tensor, keep: Tensor) -> Tensor:
         most = int(k.max()) if row.numel() else 0
         if most == 0:
             continue
-        least = row.topk(most).values.gather(-1, (k - 1).clamp(min=0))  # the last entry that is kept
+        least = _largest(row, k, most)
         torch.ge(row, least, out=chosen)
         if bool((chosen.sum(-1, keepdim=True) == k).all()):
             continue
@@ -41,6 +42,14 @@ def choose_count_torch(mass: Tensor, keep: Tensor) -> Tensor:
         spare = k - above.sum(-1, keepdim=True)
         chosen.copy_(above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= spare)))
     return mask.view(mass.shape)
+
+
+def _largest(row: Tensor, k: Tensor, most: int) -> Tensor:
+    """row [R, L], k [R, 1] <= most -> [R, 1]: the k-th largest entry of each row (the largest for k == 0)."""
+    if bool((k == most).all()):  # numpy's partition takes a fifth of the time of topk on long rows
+        at = row.shape[1] - most
+        return torch.from_numpy(np.partition(row.numpy(), at)[:, at : at + 1])
+    return row.topk(most).values.gather(-1, (k - 1).clamp(min=0))
 
 
 def choose_mass(mass: Tensor, share: float) -> Tensor:
@@ -110,7 +119,9 @@ def _positions(mask: Tensor, out: Tensor) -> Tensor:
         wide = torch.cat((out, out[:, :1]), 1)
         return wide.scatter_(1, torch.where(mask, place, out.shape[1]), column)[:, :-1].contiguous()
     row, chosen = mask.nonzero().unbind(1)
-    count = torch.bincount(row, minlength=len(mask))
+    count = mask.sum(-1)
+    if bool((count == out.shape[1]).all()):
+        return chosen.int().view(out.shape)
     out[row, torch.arange(len(row)) - (count.cumsum(0) - count)[row]] = chosen.int()
     return out
 

@@ -53,17 +53,27 @@ def in_place(pool: Tensor, heads: slice, slot: int, tokens: int) -> Tensor:
     return pool[heads, first : last + 1].flatten(1, 2)[:, slot - first * size :][:, :tokens]
 
 
-def read_rows(pool: Tensor, slot: Tensor) -> Tensor:
-    """pool [G, P, S, D], slot [X, n], counted over G * P * S -> a copy [X, n, D] of single rows."""
-    if pool.is_contiguous():
-        return pool.view(-1, pool.shape[3]).index_select(0, slot.flatten()).view(*slot.shape, -1)
-    page, size = slot // pool.shape[2], pool.shape[1]
-    return pool[page // size, page % size, slot % pool.shape[2]]
+def read_rows(pool: Tensor, slot: Tensor, to: Tensor | None = None) -> Tensor:
+    """pool [G, P, S, D], slot [X, n], counted over G * P * S -> a copy [X, n, D] of single rows, in `to` if given."""
+    if not pool.is_contiguous():
+        page, size = slot // pool.shape[2], pool.shape[1]
+        copy = pool[page // size, page % size, slot % pool.shape[2]]
+        return copy if to is None else to.copy_(copy)
+    rows = pool.view(-1, pool.shape[3])
+    if to is None:
+        return rows.index_select(0, slot.flatten()).view(*slot.shape, -1)
+    torch.index_select(rows, 0, slot.flatten(), out=to.view(slot.numel(), -1))
+    return to
 
 
-def read_pages(pool: Tensor, head: Tensor, physical: Tensor) -> Tensor:
-    """pool [G, P, S, D], head [X], physical [X, c] -> a copy [X, c * S, D] of those pages."""
-    if pool.is_contiguous():
-        flat = pool.flatten(0, 1).index_select(0, (head[:, None] * pool.shape[1] + physical).flatten())
-        return flat.view(physical.shape[0], -1, pool.shape[3])
-    return pool[head[:, None], physical].flatten(1, 2)
+def read_pages(pool: Tensor, head: Tensor, physical: Tensor, to: Tensor | None = None) -> Tensor:
+    """pool [G, P, S, D], head [X], physical [X, c] -> a copy [X, c * S, D] of those pages, in `to` if given."""
+    rows, (_, pages, size, dim) = len(physical), pool.shape
+    if not pool.is_contiguous():
+        copy = pool[head[:, None], physical].flatten(1, 2)
+        return copy if to is None else to.copy_(copy)
+    at = (head[:, None] * pages + physical).flatten()
+    if to is None:
+        return pool.flatten(0, 1).index_select(0, at).view(rows, -1, dim)
+    torch.index_select(pool.view(-1, size * dim), 0, at, out=to.view(len(at), size * dim))
+    return to

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.cpu_attention import Part, attend_in_pieces, merge
-from gossamer.kernels.cpu_gathered import attend_rows
 from gossamer.kernels.cpu_pages import in_place, read_span
+from gossamer.kernels.cpu_rows import attend_rows
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
 
 

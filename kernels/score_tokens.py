@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gossamer.kernels.cpu_scores import mass_torch
 from gossamer.kernels.layout import PagedKV, QueryBlocks
-from gossamer.kernels.score_pages import mass_torch
 
 
 def label_mass(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_cases import Case, check, make_case, reference
 
+from gossamer.kernels import cpu_rows
 from gossamer.kernels.layout import NULL_PAGE, UNLIMITED, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
@@ -122,9 +123,20 @@ def test_everything_selected_equals_plain_attention() -> None:
     torch.testing.assert_close(out[1:1001].double(), plain.transpose(0, 1), atol=2e-6, rtol=2e-6)
 
 
-def test_a_result_does_not_depend_on_its_neighbours() -> None:
-    spans = [(past, 1) for past in (40, 90, 300, 450, 900, 2000)]
-    case = make_case(spans, tile=1, dtype=torch.bfloat16, density=1.0, ratio=4)
+@pytest.mark.parametrize("tokens", [0, 20])
+def test_copies_that_hold_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(cpu_rows, "COPIED_BYTES", 1)
+    run(
+        make_case(
+            [(700, 1), (640, 1), (130, 1)], tile=1, density=0.5, tokens=tokens, windows=((0, UNLIMITED), (70, 300))
+        )
+    )
+
+
+@pytest.mark.parametrize(("density", "same_heads"), [(1.0, False), (0.6, False), (0.6, True)])
+def test_a_result_does_not_depend_on_its_neighbours(density: float, same_heads: bool) -> None:
+    spans = [(past, 1) for past in (40, 90, 300, 450, 900, 2000, 2300, 2700)]
+    case = make_case(spans, tile=1, dtype=torch.bfloat16, density=density, same_heads=same_heads, ratio=4)
     together, lse = case.blank()
     paged_decode(case.q, case.kv, case.blocks, case.index, together, lse, scale=case.scale)
     for n, row in enumerate(case.blocks.rows):

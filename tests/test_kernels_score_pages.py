@@ -18,7 +18,7 @@ from mass_cases import (
     reference_mass,
 )
 
-from gossamer.kernels import score_pages
+from gossamer.kernels import cpu_scores
 from gossamer.kernels.layout import PagedKV, QueryBlocks
 from gossamer.kernels.score_pages import bound_mass, page_mass
 
@@ -47,9 +47,15 @@ def test_head_sizes_types_and_released_pages(dim: int, released: bool, dtype: to
 @pytest.mark.parametrize("part", [1, 700, 5000])
 @pytest.mark.parametrize("gathered", [1, 2000])
 def test_parts_of_any_size(monkeypatch: pytest.MonkeyPatch, part: int, gathered: int) -> None:
-    monkeypatch.setattr(score_pages, "PART", part)
-    monkeypatch.setattr(score_pages, "GATHERED", gathered)
+    monkeypatch.setattr(cpu_scores, "PART", part)
+    monkeypatch.setattr(cpu_scores, "GATHERED", gathered)
+    monkeypatch.setattr(cpu_scores, "PASSING", gathered)
     check_both(make_mass_case([(100, 200), (0, 33), (230, 3)], released=True))
+    check_both(make_mass_case([(700, 1), (20, 1), (230, 1)], released=True, tile=1))
+
+
+def test_one_query_in_the_middle_of_a_wide_tile() -> None:
+    check_both(make_mass_case([(200, 1), (127, 1), (128, 1)], tile=128))
 
 
 def test_mass_of_a_block_adds_up_to_one_and_is_zero_without_a_past() -> None:
@@ -67,6 +73,14 @@ def test_some_of_the_tiles_in_any_order() -> None:
     own = [3, 0, 1, 5, 6, 2]
     mass = page_mass(case.q, case.kv, case.blocks.take(own), keys, scale=SCALE)
     torch.testing.assert_close(mass, whole[:, own])
+
+
+def test_the_mass_of_a_generated_token_does_not_depend_on_its_neighbours() -> None:
+    case = make_mass_case([(700, 1), (230, 1), (2000, 1)], tile=1)
+    keys = case.table(64)
+    whole = page_mass(case.q, case.kv, case.blocks, keys, scale=SCALE)
+    for n in range(3):
+        assert torch.equal(page_mass(case.q, case.kv, case.blocks.take([n]), keys, scale=SCALE)[:, 0], whole[:, n])
 
 
 def test_no_tiles() -> None:

@@ -13,7 +13,7 @@ from mass_cases import (
 )
 from torch import Tensor
 
-from gossamer.kernels import score_pages
+from gossamer.kernels import cpu_scores
 from gossamer.kernels.layout import QueryBlocks
 from gossamer.kernels.score_tokens import label_mass
 
@@ -48,9 +48,11 @@ def test_head_sizes_types_and_released_pages(dim: int, released: bool, dtype: to
 @pytest.mark.parametrize("part", [1, 9000, 50000])
 @pytest.mark.parametrize("gathered", [1, 2000])
 def test_parts_of_any_size(monkeypatch: pytest.MonkeyPatch, part: int, gathered: int) -> None:
-    monkeypatch.setattr(score_pages, "PART", part)
-    monkeypatch.setattr(score_pages, "GATHERED", gathered)
+    monkeypatch.setattr(cpu_scores, "PART", part)
+    monkeypatch.setattr(cpu_scores, "GATHERED", gathered)
+    monkeypatch.setattr(cpu_scores, "PASSING", gathered)
     check(make_mass_case([(100, 200), (0, 33), (230, 3)], released=True))
+    check(make_mass_case([(700, 1), (20, 1), (230, 1)], released=True, tile=1))
 
 
 def test_a_channel_of_none_does_not_count_whatever_its_label() -> None:

@@ -1,0 +1,170 @@
+"""Scores of past columns (pages or tokens) by what side tables hold of them, and the mass they make: for the CPU."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks
+
+
+class Columns(Protocol):
+    """What is scored. The logit of a column, a page or a token, is the largest of its c products with a query."""
+
+    @property
+    def per_page(self) -> int:
+        """Columns in a page."""
+        ...
+
+    @property
+    def table(self) -> Tensor:
+        """What is known of each page [G, P, ...]."""
+        ...
+
+    def keys(self, own: slice, known: Tensor) -> Tensor:
+        """What is known of some pages, for these heads [X, pages, ...] -> their keys [X, c, columns, e] in float32."""
+        ...
+
+    def queries(self, own: slice, q: Tensor) -> Tensor:
+        """q [X, rows, d] float32 of the same heads -> [X, rows, e], to be multiplied with the keys."""
+        ...
+
+
+PART = 2**21  # logits computed at a time, more only where one query's do not fit
+GATHERED = 2**20  # floats of keys held at a time, more only where one head's of one sequence do not fit
+FEW = 16  # queries whose products are cheap beside the keys they read
+PASSING = 2**19  # ... where they are used only once, so that they are still in the cache
+
+
+def mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Columns, *, scale: float) -> Tensor:
+    """The mass of each past column -> [G, N, L * columns.per_page] float32."""
+    if all(row.count == 1 for row in blocks.rows) and len({row.seq for row in blocks.rows}) == len(blocks):
+        return _single_queries(q, kv, blocks, columns, scale)
+    groups, each = kv.heads.numel(), columns.per_page
+    mass = torch.zeros(groups, len(blocks), kv.table.shape[1] * each)
+    limit = blocks.origin // kv.page_size * each  # [N]: columns from here on are not past
+    ends = limit.tolist()
+    for runs in _sequences(blocks):
+        first, width = blocks.rows[runs[0].start], max(ends[runs[0].start : runs[-1].stop])
+        if width == 0:
+            continue
+        table = kv.table[first.seq, : width // each]
+        resident = (table != NULL_PAGE).repeat_interleave(each)
+        logits = kv.ratio * width * max(blocks.rows[run.start].count for run in runs)  # of one tile and KV head
+        floats = columns.table[0, 0].numel() * len(table)
+        heads = max(1, min(groups, GATHERED // floats, PART // logits))
+        for low in range(0, groups, heads):
+            own = slice(low, min(low + heads, groups))
+            keys = [*_keys(columns, own, table, floats * heads)]
+            for part in _parts(runs, heads * logits):
+                end = max(ends[part])
+                if end == 0:
+                    continue
+                past = (torch.arange(end) < limit[part, None]) & resident[:end]
+                shares = _mean_shares(_rows(q, kv, blocks, part, own) * scale, keys, past, columns, own)
+                shares = shares.amax(2)
+                shares /= shares.sum(-1, keepdim=True)  # 0 / 0 where nothing is past
+                mass[own, part, :end] = shares.masked_fill_(~past, 0.0)
+    return mass
+
+
+def _single_queries(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Columns, scale: float) -> Tensor:
+    """mass_torch for one query per sequence. Its sums run over the columns of that sequence alone, so that not even
+    their last bit depends on the others in the batch."""
+    groups, each, ratio = kv.heads.numel(), columns.per_page, kv.ratio
+    mass = torch.zeros(groups, len(blocks), kv.table.shape[1] * each)
+    heads = kv.heads.long()[:, None] * ratio + torch.arange(ratio)
+    rows = q[blocks.token.long()[None, :, None], heads[:, None]].float() * scale  # [G, N, ratio, d]
+    queries = columns.queries(slice(0, groups), rows.flatten(1, 2)).unflatten(1, (-1, ratio))
+    past = [row.pos // blocks.size * blocks.size // kv.page_size for row in blocks.rows]  # pages
+    rooms = torch.empty(2, groups * ratio * each * max(past, default=0))  # for all: fresh memory costs more than sums
+    for n, (row, pages) in enumerate(zip(blocks.rows, past, strict=True)):
+        if pages == 0:
+            continue
+        logits, shares = (room[: groups * ratio * each * pages].view(groups, ratio, -1) for room in rooms)
+        table, first = kv.table[row.seq, :pages], 0
+        for keys in _keys(columns, slice(0, groups), table, PASSING):
+            last = first + keys.shape[2]
+            logits[..., first:last] = _products(queries[:, n], keys)
+            first = last
+        resident = table != NULL_PAGE
+        released = None if bool(resident.all()) else ~resident.repeat_interleave(each)
+        if released is not None:
+            logits.masked_fill_(released, -torch.inf)
+        largest = torch.softmax(logits, -1, out=shares).amax(1)
+        largest /= largest.sum(-1, keepdim=True)  # 0 / 0 where nothing is left
+        mass[:, n, : each * pages] = largest if released is None else largest.masked_fill_(released, 0.0)
+    return mass
+
+
+def _sequences(blocks: QueryBlocks) -> Iterator[list[slice]]:
+    """For each stretch of tiles that belong to one sequence, the runs it consists of: tiles side by side in q with
+    equally many queries."""
+    rows, first, runs = blocks.rows, 0, list[slice]()
+    for n in range(1, len(rows) + 1):
+        before, after = rows[n - 1], rows[n] if n < len(rows) else None
+        same = after is not None and after.seq == before.seq
+        if after is None or not same or not after.count == before.count == after.token - before.token:
+            runs.append(slice(first, n))
+            first = n
+        if not same:
+            yield runs
+            runs = []
+
+
+def _parts(runs: list[slice], logits: int) -> Iterator[slice]:
+    """The runs, cut to as many tiles as fit into PART when each has so many `logits`."""
+    tiles = max(1, PART // logits)
+    for run in runs:
+        for first in range(run.start, run.stop, tiles):
+            yield slice(first, min(first + tiles, run.stop))
+
+
+def _rows(q: Tensor, kv: PagedKV, blocks: QueryBlocks, part: slice, own: slice) -> Tensor:
+    """The queries of a run's tiles, for the heads `own` -> [X, n, count, ratio, d] float32."""
+    first, tiles, ratio = blocks.rows[part.start], part.stop - part.start, kv.ratio
+    heads = (kv.heads[own, None] * ratio + torch.arange(ratio)).flatten()
+    rows = q[first.token : first.token + tiles * first.count].index_select(1, heads).float()
+    return rows.view(tiles, first.count, -1, ratio, q.shape[2]).permute(2, 0, 1, 3, 4)
+
+
+def _keys(columns: Columns, own: slice, pages: Tensor, floats: int) -> Iterator[Tensor]:
+    """The keys of a sequence's pages for the heads `own`, as many pages at a time as have `floats`."""
+    table, physical = columns.table[own], pages.clamp_min(0)
+    step = max(1, floats // (table.shape[0] * table[0, 0].numel()))
+    host = physical.numpy()
+    together = bool((host[1:] - host[:-1] == 1).all())
+    for low in range(0, len(host), step):
+        some = physical[low : low + step]
+        first = int(host[low])
+        yield columns.keys(own, table[:, first : first + len(some)] if together else table.index_select(1, some))
+
+
+def _mean_shares(rows: Tensor, keys: Sequence[Tensor], past: Tensor, columns: Columns, own: slice) -> Tensor:
+    """rows [X, n, count, ratio, d], keys [X, c, C, e] in pieces of C, past [n, C] -> softmax over the past columns,
+    mean over the count [X, n, ratio, C]; NaN where a tile has no past column."""
+    (heads, tiles, count, ratio, _), width = rows.shape, past.shape[1]
+    hidden = ~past
+    some = hidden.any(0).nonzero()
+    cut = int(some[0]) if some.numel() else width  # before it, everything is past for all tiles
+    total = torch.zeros(heads, tiles, ratio, width)
+    step = max(1, PART // (heads * tiles * ratio * width))
+    for low in range(0, count, step):
+        queries = columns.queries(own, rows[:, :, low : low + step].flatten(1, 3))
+        parts = [_products(queries, piece) for piece in keys]
+        logits = (parts[0] if len(parts) == 1 else torch.cat(parts, 2))[:, :, :width].view(heads, tiles, -1, width)
+        logits[..., cut:].masked_fill_(hidden[:, None, cut:], -torch.inf)
+        total += logits.softmax(-1).unflatten(2, (-1, ratio)).sum(2)
+    return total.div_(count)
+
+
+def _products(queries: Tensor, keys: Tensor) -> Tensor:
+    """queries [X, rows, e], keys [X, c, C, e] -> [X, rows, C], the largest of each column's c."""
+    if (each := keys.shape[1]) > 1 and queries.shape[1] <= FEW:
+        side_by_side = torch.bmm(queries, keys.transpose(1, 2).flatten(1, 2).mT)
+        return side_by_side.view(*side_by_side.shape[:2], -1, each).amax(-1)
+    found = torch.bmm(queries, keys[:, 0].mT)
+    for c in range(1, each):
+        torch.maximum(found, torch.bmm(queries, keys[:, c].mT), out=found)
+    return found
