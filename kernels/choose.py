@@ -30,11 +30,16 @@ def choose_count_torch(mass: Tensor, keep: Tensor) -> Tensor:
     mask = torch.zeros(rows.shape, dtype=torch.bool)
     step = _rows_at_once(mass)
     for row, k, chosen in zip(rows.split(step), wanted.split(step), mask.split(step), strict=True):
-        k = torch.minimum(k.clamp(min=0), (row > 0).sum(-1, keepdim=True))
-        most = int(k.max()) if row.numel() else 0
-        if most == 0:
+        if row.numel() == 0:
             continue
-        least = _largest(row, k, most)
+        if _clear_cut(row, k, chosen):
+            continue
+        k = torch.minimum(k.clamp(min=0), (row > 0).sum(-1, keepdim=True))
+        most = int(k.max())
+        if most == 0:
+            chosen.zero_()
+            continue
+        least = row.topk(most).values.gather(-1, (k - 1).clamp(min=0))  # the last entry that is kept
         torch.ge(row, least, out=chosen)
         if bool((chosen.sum(-1, keepdim=True) == k).all()):
             continue
@@ -44,12 +49,16 @@ def choose_count_torch(mass: Tensor, keep: Tensor) -> Tensor:
     return mask.view(mass.shape)
 
 
-def _largest(row: Tensor, k: Tensor, most: int) -> Tensor:
-    """row [R, L], k [R, 1] <= most -> [R, 1]: the k-th largest entry of each row (the largest for k == 0)."""
-    if bool((k == most).all()):  # numpy's partition takes a fifth of the time of topk on long rows
-        at = row.shape[1] - most
-        return torch.from_numpy(np.partition(row.numpy(), at)[:, at : at + 1])
-    return row.topk(most).values.gather(-1, (k - 1).clamp(min=0))
+def _clear_cut(row: Tensor, k: Tensor, chosen: Tensor) -> bool:
+    """row [R, L], k [R, 1]: whether `chosen` [R, L] now holds the answer, because every row keeps equally many and none
+    has an equal entry below the last. numpy's partition takes a quarter of the time of topk on long rows."""
+    most, width = int(k[0]), row.shape[1]
+    if not 0 < most < width or not bool((k == most).all()):
+        return False
+    at = width - most
+    least = torch.from_numpy(np.partition(row.numpy(), at)[:, at : at + 1])
+    torch.ge(row, least, out=chosen)
+    return bool((least > 0).all()) and np.count_nonzero(chosen.numpy()) == len(row) * most
 
 
 def choose_mass(mass: Tensor, share: float) -> Tensor:
@@ -119,9 +128,9 @@ def _positions(mask: Tensor, out: Tensor) -> Tensor:
         wide = torch.cat((out, out[:, :1]), 1)
         return wide.scatter_(1, torch.where(mask, place, out.shape[1]), column)[:, :-1].contiguous()
     row, chosen = mask.nonzero().unbind(1)
-    count = mask.sum(-1)
-    if bool((count == out.shape[1]).all()):
+    if len(row) == out.numel():  # k in every row
         return chosen.int().view(out.shape)
+    count = torch.bincount(row, minlength=len(mask))
     out[row, torch.arange(len(row)) - (count.cumsum(0) - count)[row]] = chosen.int()
     return out
 
