@@ -130,15 +130,17 @@ def _rows(q: Tensor, kv: PagedKV, blocks: QueryBlocks, part: slice, own: slice) 
 
 
 def _keys(columns: Columns, own: slice, pages: Tensor, floats: int) -> Iterator[Tensor]:
-    """The keys of a sequence's pages for the heads `own`, as many pages at a time as have `floats`."""
+    """The keys of a sequence's pages for the heads `own`, as many pages at a time as have `floats`; pages
+    that lie side by side are not copied first."""
     table, physical = columns.table[own], pages.clamp_min(0)
     step = max(1, floats // (table.shape[0] * table[0, 0].numel()))
     host = physical.numpy()
-    together = bool((host[1:] - host[:-1] == 1).all())
     for low in range(0, len(host), step):
-        some = physical[low : low + step]
-        first = int(host[low])
-        yield columns.keys(own, table[:, first : first + len(some)] if together else table.index_select(1, some))
+        first, last = int(host[low]), low + min(step, len(host) - low)
+        if bool((host[low + 1 : last] - host[low : last - 1] == 1).all()):
+            yield columns.keys(own, table[:, first : first + last - low])
+        else:
+            yield columns.keys(own, table.index_select(1, physical[low:last]))
 
 
 def _mean_shares(rows: Tensor, keys: Sequence[Tensor], past: Tensor, columns: Columns, own: slice) -> Tensor:
