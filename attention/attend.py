@@ -13,8 +13,9 @@ from gossamer.attention.policy import OperatingPoint
 from gossamer.attention.selectors import Dense, Proposal, Selector
 from gossamer.attention.selectors.base import CORRECTION
 from gossamer.attention.step import Step
+from gossamer.kernels.dense_prefill import chunks, dense_prefill, torch_is_faster
 from gossamer.kernels.dropped_pages import add_dropped_pages
-from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.layout import BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.kernels.store import store
@@ -56,8 +57,14 @@ def attend(
             index = select(q, kv, blocks, step, asked, scale)
             step.reads.add(blocks, index)
             selected = time.perf_counter()
-            kernel = paged_decode if blocks.size == 1 else paged_prefill
-            kernel(q, kv, blocks, index, out, lse, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
+            if blocks.size == 1:
+                paged_decode(q, kv, blocks, index, out, lse, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
+            else:
+                handed = _handed_over(q, kv, blocks, step.views.unlimited(layer, group), asked, softcap, s_aux)
+                for chunk in handed:
+                    dense_prefill(q, kv, chunk, out, scale=scale)
+                rest, left = _without(blocks, index, handed)
+                paged_prefill(q, kv, rest, left, out, lse, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
             _correct(q, kv, blocks, index, asked, out, lse, scale, softcap or 0.0)
             if not q.is_cuda:
                 step.reads.select_seconds += selected - began
@@ -89,6 +96,40 @@ def _asked(step: Step, layer: int, group: int, blocks: QueryBlocks) -> Asked:
         row = tuple(s if s.above <= origin else DENSE for s in rows[step.points[block.seq]])
         found.setdefault(row, []).append(n)
     return {row: None if len(own) == len(blocks) else tuple(own) for row, own in found.items()}
+
+
+def _handed_over(
+    q: Tensor,
+    kv: PagedKV,
+    blocks: QueryBlocks,
+    unlimited: Sequence[bool],
+    asked: Asked,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> list[BlockRow]:
+    """The chunks that read everything and that torch's own kernels attend for faster."""
+    if softcap or sinks is not None:
+        return []
+    dense: set[int] = set()
+    for row, mine in asked.items():
+        if all(isinstance(selector, Dense) for selector in row):
+            dense.update(range(len(blocks)) if mine is None else mine)
+    if not dense:
+        return []
+    return [
+        chunk
+        for chunk, tiles in chunks(blocks)
+        if unlimited[chunk.seq] and dense.issuperset(tiles) and torch_is_faster(q, kv, chunk)
+    ]
+
+
+def _without(blocks: QueryBlocks, index: SparseIndex, handed: Sequence[BlockRow]) -> tuple[QueryBlocks, SparseIndex]:
+    """What is left when some sequences' chunks are done."""
+    if not handed:
+        return blocks, index
+    done = {chunk.seq for chunk in handed}
+    left = [n for n, row in enumerate(blocks.rows) if row.seq not in done]
+    return blocks.take(left), index.only(slice(None), left)
 
 
 def select(q: Tensor, kv: PagedKV, blocks: QueryBlocks, step: Step, asked: Asked, scale: float) -> SparseIndex:

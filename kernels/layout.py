@@ -125,7 +125,11 @@ class SparseIndex:
         def cut(table: Tensor | None) -> Tensor | None:
             if table is None:
                 return None
-            return table[heads] if blocks is None else table[heads, torch.tensor(blocks, device=table.device)]
+            return (
+                table[heads]
+                if blocks is None
+                else table[heads, torch.tensor(blocks, dtype=torch.long, device=table.device)]
+            )
 
         start, count = cut(self.start), cut(self.count)
         assert start is not None and count is not None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.kernels.layout import NULL_PAGE, PagedKV
+from gossamer.kernels.layout import NULL_PAGE, UNLIMITED, PagedKV
 from gossamer.kvcache.groups import HeadGroup
 from gossamer.kvcache.pool import PageArray, PagePool
 from gossamer.kvcache.summaries import Summary
@@ -31,7 +31,7 @@ class _LayerSlice(NamedTuple):
 class StepViews:
     """The views of one step. Tables, lengths, sinks and windows are shared by all layers."""
 
-    __slots__ = ("_layers", "_length", "_limits", "_made", "_ratio", "_tables")
+    __slots__ = ("_layers", "_length", "_limits", "_made", "_ratio", "_tables", "_unlimited")
 
     def __init__(
         self,
@@ -40,9 +40,11 @@ class StepViews:
         length: Tensor,
         limits: dict[tuple[int, int], tuple[Tensor, Tensor]],
         ratio: int,
+        unlimited: np.ndarray[tuple[int, int], np.dtype[np.bool_]],
     ) -> None:
         self._layers = layers
         self._tables = tables
+        self._unlimited = unlimited
         self._length = length
         self._limits = limits
         self._ratio = ratio
@@ -62,6 +64,10 @@ class StepViews:
     def summaries(self, layer: int) -> tuple[tuple[Summary, ...], ...]:
         """What each of the layer's views has to know of full pages."""
         return tuple(part.written for part in self._layers[layer])
+
+    def unlimited(self, layer: int, view: int) -> tuple[bool, ...]:
+        """For each sequence, whether the heads of one of the layer's views see all of it."""
+        return tuple(self._unlimited[self._layers[layer][view].group].tolist())
 
     def _view(self, part: _LayerSlice) -> PagedKV:
         sink, window = self._limits[part.limits]
@@ -123,7 +129,9 @@ class ViewPlan:
             parts = [moved.as_strided(part.shape, part.stride(), part.storage_offset()) for part in parts]
         after = parts[1 + self._num_groups :]
         limits = dict(zip(self._limits, zip(after[::2], after[1::2], strict=True), strict=True))
-        return StepViews(self._layers, parts[1 : 1 + self._num_groups], parts[0].view(rows), limits, self._ratio)
+        windows = np.stack([table.visible[1] for table in tables], axis=-1)  # [groups, B]
+        page_tables = parts[1 : 1 + self._num_groups]
+        return StepViews(self._layers, page_tables, parts[0].view(rows), limits, self._ratio, windows >= UNLIMITED)
 
     def _fill(self, parts: Sequence[PageArray], tables: Sequence[PageTable]) -> None:
         """Write lengths, page tables, sinks and windows: parts of [B, 1], [B, L] per group, then two [B, G] for each of

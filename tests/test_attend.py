@@ -2,8 +2,8 @@
 
 import math
 import random
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
 from gossamer.attention.selectors import BlockSparse, Budget, Dense, Proposal, Selector, SinkRecent
 from gossamer.attention.step import TILE_ROWS
-from gossamer.kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks
+from gossamer.kernels.layout import PAGE_SIZE, BlockRow, PagedKV, QueryBlocks
+from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
 from gossamer.kvcache.summaries import Summary
 
@@ -152,6 +153,49 @@ def test_softcap_and_sinks_reach_the_kernels() -> None:
     sinks = torch.linspace(-1, 2, KV_HEADS * RATIO)
     (out,) = run(policy, lives, lambda: 50, softcap=3.0, s_aux=sinks)
     torch.testing.assert_close(out.double(), right_of(lives[0], 0, softcap=3.0, sinks=sinks), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1000, 50])
+def test_chunks_that_read_everything_may_be_handed_over(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of sequences with dense heads alone; their neighbours, and generated tokens, stay with our kernels."""
+    handed: list[BlockRow] = []
+
+    def torch_is_faster(q: Tensor, kv: PagedKV, chunk: BlockRow) -> bool:
+        handed.append(chunk)
+        return True
+
+    def paged(q: Tensor, kv: PagedKV, blocks: QueryBlocks, *rest: Any, **options: Any) -> None:
+        own.append(sum(row.count for row in blocks.rows))
+        paged_prefill(q, kv, blocks, *rest, **options)
+
+    own: list[int] = []
+    monkeypatch.setattr("gossamer.attention.attend.torch_is_faster", torch_is_faster)
+    monkeypatch.setattr("gossamer.attention.attend.paged_prefill", paged)
+    later = HeadPolicy(Multiples(7, above=256), Dense(), KeepAll())
+    points = (
+        uniform("exact", *[DENSE] * KV_HEADS),
+        uniform("sparse", SPARSE, DENSE, DENSE, DENSE),
+        uniform("later", *[later] * KV_HEADS),
+    )
+    policy = AttentionPolicy("p", points)
+    lengths = ((300, 290, 0), (200, 190, 1), (70, 60, 0), (120, 110, 2), (20, 0, 0))
+    lives = [Life(length, prompt, points[point], length) for length, prompt, point in lengths]
+    outs = run(policy, lives, lambda: chunk)
+    for life, out in zip(lives, outs, strict=True):
+        known = life if life.point is not points[2] else replace(life, point=points[0])  # dense below its length
+        torch.testing.assert_close(out.double(), right_of(known, 0), atol=2e-5, rtol=2e-5)
+    assert sum(row.count for row in handed) == 290 + 60 + 110 and sum(own) == 190
+
+
+def test_windows_softcaps_and_sinks_are_never_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def torch_is_faster(q: Tensor, kv: PagedKV, chunk: BlockRow) -> bool:
+        raise AssertionError("not to be asked")
+
+    monkeypatch.setattr("gossamer.attention.attend.torch_is_faster", torch_is_faster)
+    streaming, dense = (AttentionPolicy("p", (uniform("all", *[head] * KV_HEADS),)) for head in (STREAMING, DENSE))
+    run(streaming, [Life(200, 200, streaming.points[0], 1)], lambda: 1000)
+    run(dense, [Life(200, 200, dense.points[0], 1)], lambda: 1000, softcap=3.0)
+    run(dense, [Life(200, 200, dense.points[0], 1)], lambda: 1000, s_aux=torch.zeros(KV_HEADS * RATIO))
 
 
 @pytest.mark.parametrize("chunk", [1000, 50])

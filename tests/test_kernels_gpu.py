@@ -5,6 +5,7 @@ import torch
 from kernel_cases import check, make_case, reference
 
 from gossamer.kernels.compact import compact, compact_tokens, compact_tokens_torch, compact_torch
+from gossamer.kernels.dense_prefill import chunks, dense_prefill, torch_is_faster
 from gossamer.kernels.layout import UNLIMITED, PagedKV
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
@@ -31,6 +32,20 @@ def test_attention(dtype: torch.dtype, tile: int, dim: int, ratio: int) -> None:
         kernel = paged_decode if tile == 1 else paged_prefill
         kernel(case.q, case.kv, case.blocks, case.index, out, lse, scale=case.scale, softcap=softcap, sinks=sinks)
         check(out, lse, reference(case, softcap, sinks), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_torch_takes_chunks_that_read_everything(dtype: torch.dtype, dim: int, ratio: int) -> None:
+    spans = [(0, 300), (1000, 512), (63, 257)]
+    case = make_case(spans, dim=dim, ratio=ratio, dtype=dtype).to("cuda")
+    out, lse = case.blank()
+    paged_prefill(case.q, case.kv, case.blocks, case.index, out, lse, scale=case.scale)
+    for chunk, tiles in chunks(case.blocks):
+        assert torch_is_faster(case.q, case.kv, chunk) and chunk.count == spans[chunk.seq][1] and tiles
+        dense_prefill(case.q, case.kv, chunk, out, scale=case.scale)
+    check(out, lse, reference(case), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
