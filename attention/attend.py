@@ -1,7 +1,7 @@
 """Store the new keys, select, attend: the function that transformers' layers call."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -106,29 +106,31 @@ def _handed_over(
     asked: Asked,
     softcap: float | None,
     sinks: Tensor | None,
-) -> list[BlockRow]:
-    """The chunks that read everything and that torch's own kernels attend for faster."""
+) -> dict[BlockRow, list[int]]:
+    """The chunks that read everything and that torch's own kernels attend for faster, with their tiles."""
     if softcap or sinks is not None:
-        return []
+        return {}
     dense: set[int] = set()
     for row, mine in asked.items():
         if all(isinstance(selector, Dense) for selector in row):
             dense.update(range(len(blocks)) if mine is None else mine)
     if not dense:
-        return []
-    return [
-        chunk
+        return {}
+    return {
+        chunk: tiles
         for chunk, tiles in chunks(blocks)
         if unlimited[chunk.seq] and dense.issuperset(tiles) and torch_is_faster(q, kv, chunk)
-    ]
+    }
 
 
-def _without(blocks: QueryBlocks, index: SparseIndex, handed: Sequence[BlockRow]) -> tuple[QueryBlocks, SparseIndex]:
-    """What is left when some sequences' chunks are done."""
+def _without(
+    blocks: QueryBlocks, index: SparseIndex, handed: Mapping[BlockRow, list[int]]
+) -> tuple[QueryBlocks, SparseIndex]:
+    """What is left when some chunks are done."""
     if not handed:
         return blocks, index
-    done = {chunk.seq for chunk in handed}
-    left = [n for n, row in enumerate(blocks.rows) if row.seq not in done]
+    done = {n for tiles in handed.values() for n in tiles}
+    left = [n for n in range(len(blocks)) if n not in done]
     return blocks.take(left), index.only(slice(None), left)
 
 

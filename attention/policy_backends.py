@@ -104,13 +104,19 @@ class BlockSparseBackend(Strict):
 
     backend: Literal["block-sparse"]
     score: Literal["mean", "bounds", "antidiagonal"] = "mean"
-    stride: Literal[4, 8, 16, 32] = 16
+    stride: Literal[4, 8, 16, 32] | None = None  # 16 for antidiagonals
     budget: BudgetEntry
     above: Above = 0
     correct_dropped: bool = False
 
+    @model_validator(mode="after")
+    def _stride_of_antidiagonals(self) -> "BlockSparseBackend":
+        if self.stride is not None and self.score != "antidiagonal":
+            raise ValueError(f"stride goes with the score antidiagonal, not with {self.score}")
+        return self
+
     def selector(self, place: Place) -> Selector:
-        return BlockSparse(self.budget.budget(), self.score, self.stride, self.above, self.correct_dropped)
+        return BlockSparse(self.budget.budget(), self.score, self.stride or 16, self.above, self.correct_dropped)
 
 
 class VerticalSlashBackend(Strict):

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, ValidationError
 
 from gossamer.attention.artefacts import ArtefactError, Artefacts
+from gossamer.attention.plain_yaml import load_plain_yaml
 from gossamer.attention.policy import AttentionPolicy, HeadPolicy, OperatingPoint
 from gossamer.attention.policy_backends import HeadEntry, Strict
 from gossamer.attention.selectors import SinkRecent
@@ -85,7 +86,11 @@ class PolicyFile(Strict):
             for layer in _numbers(row.layers, layers, "layer", where):
                 for head in _numbers(row.heads, kv_heads, "KV head", where):
                     said[layer][head] = row, where
-        first = min(entry.first_dense_layers, layers)
+        first = entry.first_dense_layers
+        if first > layers:
+            raise PolicyError(
+                f"Operating point {point!r} has first_dense_layers {first}, but the model has {layers} layers."
+            )
         dense: tuple[HeadEntry, str] = HeadEntry(), f"the first dense layers of operating point {point!r}"
         return [[dense] * kv_heads] * first + said[first:]
 
@@ -118,7 +123,7 @@ def load_policy_file(path: Path) -> PolicyFile:
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"The policy file {path} cannot be read: {error}.") from error
     try:
-        raw = yaml.load(text, Loader=_PlainLoader)
+        raw = load_plain_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of dates, long numbers, deep nesting
         raise PolicyError(f"The policy file {path} is not plain YAML: {' '.join(str(error).split())[:300]}.") from error
     if not isinstance(raw, dict) or "gossamer_policy" not in raw:
@@ -167,23 +172,6 @@ def check_model(
                 f"The policy {file.name!r} is for a model with {name} {wanted}, but this model has {name} {value}; "
                 "choose a policy that was made for this model."
             )
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without aliases (no expansion bombs) and without repeated keys."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.YAMLError(f"the key {key.value!r} is given twice")
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
 
 
 def _within_reach(head: HeadPolicy, where: str) -> HeadPolicy:

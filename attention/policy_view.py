@@ -120,8 +120,10 @@ def in_words(backend: Backend) -> str:
         value = getattr(backend, name)
         if name == "backend" or (name in _UNSAID and value == _UNSAID[name]):
             continue
-        if name == "stride" and isinstance(backend, BlockSparseBackend) and backend.score != "antidiagonal":
-            continue
+        if name == "stride" and isinstance(backend, BlockSparseBackend):
+            if backend.score != "antidiagonal":
+                continue
+            value = value or 16
         parameters.append(_budget_in_words(value) if isinstance(value, BudgetEntry) else _parameter(name, value))
     return f"{backend.backend} ({', '.join(parameters)})" if parameters else backend.backend
 

@@ -12,6 +12,7 @@ facts, four keys of several values and four chains; a second one is asked for fo
 
 import argparse
 import json
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -151,10 +152,47 @@ def table(scores: Iterable[Score], length: int) -> str:
         reads = [sum(cell["reads"][i] for cell in own.values()) for i in range(4)]
         densities = [f"{part / whole:.3f}" if whole else "" for part, whole in (reads[:2], reads[2:])]
         shown = [f"{100 * own[task]['accuracy']:.1f}" if task in own else "" for task in tasks]
-        losses = [(cells["dense", task]["accuracy"] - cell["accuracy"], task) for task, cell in own.items()]
-        worst = max(losses)
+        worst = max(
+            (
+                (cells["dense", task]["accuracy"] - cell["accuracy"], task)
+                for task, cell in own.items()
+                if ("dense", task) in cells
+            ),
+            default=(math.nan, "dense was not asked"),
+        )
         lines.append(f"| {point} | {' | '.join(densities + shown)} | {100 * worst[0]:.1f} ({worst[1]}) |")
     return "\n".join(lines)
+
+
+def pooled(scores: Iterable[Score]) -> dict[str, Score]:
+    """Per point, all tasks together."""
+    whole: dict[str, Score] = {}
+    for each in scores:
+        whole.setdefault(each.point, Score(each.point, "all", each.length)).add(vars(each))
+    return whole
+
+
+def enough(scores: Iterable[Score], length: int) -> list[dict[str, Any]]:
+    """For each backend of the sweep, the lowest densities down to which all tasks together lose at most 2 points, which
+    is about nothing to so many answers, and at most 5."""
+    whole = pooled(each for each in scores if each.length == length)
+    dense = whole["dense"].shown()["accuracy"]
+    families: dict[str, list[dict[str, Any]]] = {}
+    for point, each in whole.items():
+        backend, _, budget = point.partition(":")
+        if budget and budget != "fast":
+            families.setdefault(backend, []).append(each.shown())
+    found = []
+    for backend, cells in families.items():
+        cells.sort(key=lambda cell: sum(cell["reads"][::2]) / sum(cell["reads"][1::2]), reverse=True)
+        for most in (0.02, 0.05):
+            lowest = None
+            for cell in cells:
+                if dense - cell["accuracy"] > most:
+                    break
+                lowest = {key: cell[key] for key in ("point", "prefill_density", "decode_density", "accuracy")}
+            found.append({"backend": backend, "length": length, "loses_at_most": most, "lowest": lowest})
+    return found
 
 
 def write(path: Path | None, scores: Iterable[Score], about: Mapping[str, Any]) -> None:
@@ -180,10 +218,16 @@ def main() -> None:
     if args.merge:
         reports = [json.loads(path.read_text(encoding="utf-8")) for path in args.merge]
         scores = merged(reports)
-        about = {"runs": [{key: value for key, value in report.items() if key != "cells"} for report in reports]}
+        lengths = sorted({each.length for each in scores})
+        about: dict[str, Any] = {
+            "runs": [{key: value for key, value in report.items() if key != "cells"} for report in reports],
+            "enough": [line for length in lengths for line in enough(scores, length)],
+        }
         write(args.out, scores, about)
-        for length in sorted({score.length for score in scores}):
+        for length in lengths:
             print(f"\n{length} tokens\n\n{table(scores, length)}")
+        for line in about["enough"]:
+            print(line)
         return
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -122,14 +122,14 @@ class SparseIndex:
     def only(self, heads: slice, blocks: Sequence[int] | None) -> "SparseIndex":
         """The same runs, for some of the heads and blocks (None: all of these)."""
 
+        chosen = None
+        if blocks is not None:
+            chosen = torch.tensor(blocks, dtype=torch.long).to(self.start.device, non_blocking=True)
+
         def cut(table: Tensor | None) -> Tensor | None:
             if table is None:
                 return None
-            return (
-                table[heads]
-                if blocks is None
-                else table[heads, torch.tensor(blocks, dtype=torch.long, device=table.device)]
-            )
+            return table[heads] if chosen is None else table[heads, chosen]
 
         start, count = cut(self.start), cut(self.count)
         assert start is not None and count is not None

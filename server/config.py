@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
+from gossamer.attention.plain_yaml import load_plain_yaml
+
 DEMO_MODEL = "gossamer-demo"
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
@@ -166,9 +168,9 @@ class ServerConfig:
             if choices and value not in choices:
                 raise ConfigError(f"{flag} must be one of {', '.join(choices)}, not {value!r}.")
             if low is not None and value is not None and not low <= value:
-                raise ConfigError(f"{flag} must be at least {low:g}, not {value:g}.")
+                raise ConfigError(f"{flag} must be at least {low}, not {value}.")
             if high is not None and value is not None and not value <= high:
-                raise ConfigError(f"{flag} must be at most {high:g}, not {value:g}.")
+                raise ConfigError(f"{flag} must be at most {high}, not {value}.")
         if not self.model:
             raise ConfigError("--model must not be empty.")
         if any(not name or len(name) > 256 for name in self.served_model_name):
@@ -258,13 +260,13 @@ def read_value(spec: "dataclasses.Field[Any]", value: object) -> Any:
 def read_config_file(path: Path) -> dict[str, Any]:
     """The settings of a YAML file: one mapping from names, with - or _, to values. Raises ConfigError."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = load_plain_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {_reason(error)}.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark is not None else ""
-        raise ConfigError(f"--config {path} is not valid YAML{where}.") from None
+        why = f" (line {mark.line + 1})" if mark is not None else f": {error}" if type(error) is yaml.YAMLError else ""
+        raise ConfigError(f"--config {path} is not valid YAML{why}.") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, Mapping) or not all(isinstance(name, str) for name in loaded):

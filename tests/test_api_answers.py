@@ -2,8 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import fake_engine
 import httpx
@@ -12,6 +12,7 @@ from fake_engine import answer
 from serving import Running, running_server
 
 from gossamer import __version__
+from gossamer.server.api.logprobs import CompletionLogprobs
 from gossamer.server.config import ServerConfig
 from gossamer.server.engine.records import Health
 
@@ -213,6 +214,24 @@ def test_chat_logprobs(client: httpx.Client) -> None:
     chunks = stream(client, CHAT, messages=MESSAGES, max_tokens=2, logprobs=True, top_logprobs=1)
     tokens = [c["choices"][0]["logprobs"]["content"][0]["token"] for c in chunks if c["choices"][0]["logprobs"]]
     assert tokens == ["H", "é"]
+
+
+def test_text_offsets_count_characters_of_the_text() -> None:
+    """Of special tokens only those that are shown, and of several tokens for one character the last."""
+
+    class Coder:
+        pieces: ClassVar = {1: b"<s>", 2: b"a", 3: b"\xc3", 4: b"\xa9", 5: b"z"}
+
+        def token_bytes(self, token: int) -> bytes:
+            return self.pieces[token]
+
+        def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+            return b"".join(self.pieces[token] for token in ids if token != 1).decode(errors="replace")
+
+    for skips, offsets in ((True, [0, 0, 1, 1, 2]), (False, [0, 3, 4, 4, 5])):
+        logprobs = CompletionLogprobs(Coder(), skips)  # type: ignore[arg-type]
+        parts = [logprobs.part([1, 2, 3], [None] * 3, 0), logprobs.part([4, 5], [None] * 2, 0)]
+        assert [offset for part in parts for offset in part["text_offset"]] == offsets
 
 
 def test_completion_logprobs(client: httpx.Client) -> None:

@@ -175,6 +175,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {str(fake_engine.VOCABULARY): 1}}, "logit_bias"),
     ({"logit_bias": {"-1": 1}}, "logit_bias"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 1, "01": 2}}, "logit_bias"),
     ({"logit_bias": {"1": "a"}}, "logit_bias.1"),
     ({"logit_bias": {"1": 101}}, "logit_bias"),
     ({"logit_bias": {str(i): 1 for i in range(100_000)}}, "logit_bias"),
@@ -210,10 +211,11 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"temprature": 1}, "temprature"),
 ]
 CHAT_ONLY: list[tuple[dict[str, Any], str]] = [
-    ({"max_tokens": 0}, "max_completion_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": None, "max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": 5}, "max_tokens"),  # differs from max_tokens
     ({"logprobs": 1}, "logprobs"),
-    *(({"logprobs": True, "top_logprobs": k}, "logprobs") for k in (-1, 21, 10**6)),
+    *(({"logprobs": True, "top_logprobs": k}, "top_logprobs") for k in (-1, 21, 10**6)),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),

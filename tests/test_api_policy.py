@@ -68,6 +68,13 @@ def test_refusals(
     assert says in error["message"]
 
 
+def test_a_header_given_twice_is_refused(server: Running) -> None:
+    headers = [("X-Gossamer-Policy", "exact"), ("X-Gossamer-Policy", "fast")]
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    answer = httpx.post(server.url + "/v1/chat/completions", headers=headers, json=body)
+    assert answer.status_code == 400 and "There is no such attention policy" in answer.json()["error"]["message"]
+
+
 SHORT = HeadPolicy(BlockSparse(Budget("tokens", 128), above=10_000), Dense(), KeepAll())
 SPARSE = HeadPolicy(SinkRecent(64, 64), SinkRecent(64, 64), KeepSinkRecent(64, 64))
 POLICY = AttentionPolicy(

@@ -95,6 +95,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("prot: 1", "did you mean port?"),
         ("[1, 2]", "must hold a mapping"),
         ("a: [", "is not valid YAML (line 1)"),
+        ("port: 1\nport: 2", "is not valid YAML: the key 'port' is given twice"),
         ("port: x", "--port: expected a whole number"),
         ("!!python/object/apply:os.getcwd []", "is not valid YAML"),
         (b"\xff\xfe", "it is not UTF-8 text"),

@@ -83,7 +83,7 @@ def test_completions(client: openai.OpenAI) -> None:
     assert [choice.text for choice in done.choices] == [p + text_of(2) for p in "aabb"]
     logprobs = done.choices[0].logprobs
     assert logprobs is not None and logprobs.tokens == ["<bos>", "a", "H", "é"]
-    assert logprobs.text_offset == [0, 5, 6, 7]
+    assert logprobs.text_offset == [0, 0, 1, 2]  # <bos> is not in the text
     assert client.completions.create(model="fake", prompt=[[97]], max_tokens=1).choices[0].text == "H"
 
 

@@ -111,6 +111,8 @@ def test_what_is_not_a_range(tmp_path: Path, spec: str) -> None:
 
 
 def test_heads_and_layers_that_do_not_exist(tmp_path: Path) -> None:
+    deep = rows("{}").replace("rows:", "first_dense_layers: 7\n    rows:")
+    assert "has first_dense_layers 7, but the model has 6 layers" in complaint(tmp_path, deep)
     assert "layer 6 does not exist: the model has layers 0 to 5" in complaint(tmp_path, rows("{layers: 4-6}"))
     assert "KV head 4 does not exist: the model has KV heads 0 to 3" in complaint(tmp_path, rows("{heads: 4}"))
     assert "does not exist" in complaint(tmp_path, rows('{layers: "0-99999999999999"}'))
@@ -133,6 +135,11 @@ def test_heads_and_layers_that_do_not_exist(tmp_path: Path) -> None:
         ("layers: 2-5", "layer: 2-5", "points.fast.rows.0.layer"),
         ("backend: sink-recent", "backend: quest", "points.fast.rows.0.prefill"),
         ("recent: 128", "recent: 0", "points.fast.rows.0.decode.sink-recent.recent"),
+        (
+            "{backend: sink-recent, sink: 64, recent: 128}",
+            "{backend: block-sparse, score: bounds, stride: 8, budget: {tokens: 64}}",
+            "points.fast.rows.0.decode.block-sparse",
+        ),
         ("sink: 64, recent: 128", "recent: 128", "points.fast.rows.0.decode.sink-recent.sink"),
         ("keep: {sink: 64", "keep: {sink: -1", "points.fast.rows.0.keep.sink"),
         ("keep: {sink: 64", "keep: {sink: 6.5", "points.fast.rows.0.keep.sink"),

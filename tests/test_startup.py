@@ -153,6 +153,7 @@ def test_a_shard_is_missing(checkpoint: Path) -> None:
     ("change", "said"),
     [
         ({"num_hidden_layers": 4, "layer_types": None}, "lacks model.layers.3."),
+        ({"num_hidden_layers": 2, "layer_types": None}, "has weights of layer 2, but its config.json names 2 layers"),
         ({"hidden_size": 128}, "has the wrong shape for"),
         ({"num_key_value_heads": 4}, "has the wrong shape for model.layers.0.self_attn.k_proj.weight"),
         ({"vocab_size": VOCAB + 8}, "has the wrong shape for"),
@@ -223,6 +224,8 @@ def test_memory_that_is_too_small(checkpoint: Path) -> None:
     """One page of 64 tokens, 3 layers, 2 heads of 32, K and V in float32: 98304 bytes."""
     sentence = refused(checkpoint, kv_cache_memory=90_000, dtype="float32")
     assert "not one page" in sentence and "--kv-cache-memory" in sentence
+    sentence = refused(checkpoint, kv_cache_memory=900 * 2**40)
+    assert "not enough memory" in sentence and "--kv-cache-memory" in sentence
     sentence = refused(checkpoint, kv_cache_memory=FEW, dtype="float32", max_model_len=129)
     assert "--max-model-len" in sentence and "--kv-cache-memory" in sentence and "128 tokens" in sentence
 

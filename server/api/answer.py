@@ -89,7 +89,8 @@ async def answer(
     call = service.enter()
     try:
         raw = await service.body(http)
-        job = await unless_gone(http.receive, service.in_thread(prepare, service, raw, http.headers.get(POLICY_HEADER)))
+        header = ", ".join(http.headers.getlist(POLICY_HEADER)) or None  # a repeated header is a list
+        job = await unless_gone(http.receive, service.in_thread(prepare, service, raw, header))
         call.submit(job.requests)
         form = form_of(service, job)
         if not job.stream:

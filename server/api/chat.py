@@ -12,7 +12,7 @@ from gossamer.server.api.job import Job, check_text, make_job
 from gossamer.server.api.logprobs import chat_logprobs
 from gossamer.server.api.schemas import ChatRequest, ChatTemplateFields, body_schema, read_fields
 from gossamer.server.api.service import Service
-from gossamer.server.engine.request import Delta, InvalidRequest, Started
+from gossamer.server.engine.request import MAX_LOGPROBS, Delta, InvalidRequest, Started
 
 TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking", "thinking_budget", "reasoning_effort", "date_string"})
 
@@ -39,7 +39,13 @@ def prepare(service: Service, raw: bytes, header: str | None) -> Job:
     elif fields.max_tokens not in (None, asked):
         raise InvalidRequest("max_tokens and max_completion_tokens differ; send one of them.", param="max_tokens")
     if asked == 0:
-        raise InvalidRequest("max_completion_tokens must be at least 1, not 0.", param="max_completion_tokens")
+        name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
+        raise InvalidRequest(f"{name} must be at least 1, not 0.", param=name)
+    if fields.top_logprobs is not None and not 0 <= fields.top_logprobs <= MAX_LOGPROBS:
+        raise InvalidRequest(
+            f"top_logprobs must be at least 0 and at most {MAX_LOGPROBS}, not {fields.top_logprobs}.",
+            param="top_logprobs",
+        )
     options = dict(fields.chat_template_kwargs)
     if fields.reasoning_effort is not None:
         options["reasoning_effort"] = fields.reasoning_effort

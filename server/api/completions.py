@@ -87,7 +87,8 @@ class CompletionForm:
 
     def __init__(self, service: Service, job: Job) -> None:
         self._job = job
-        self._logprobs = [CompletionLogprobs(service.engine.tokenizer) for _ in range(job.choices)]
+        skips = job.requests[0].params.skip_special_tokens
+        self._logprobs = [CompletionLogprobs(service.engine.tokenizer, skips) for _ in range(job.choices)]
 
     def begin(self, first: int, source: int, started: Started) -> list[dict[str, Any]]:
         if self._job.echo is None and not self._job.return_token_ids:

@@ -170,6 +170,10 @@ def _params(service: Service, fields: Sampling, logprobs: int | None) -> Samplin
     for key, bias in fields.logit_bias.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
             raise InvalidRequest("logit_bias must map token ids to numbers.", param="logit_bias")
+        if key != str(int(key)):
+            raise InvalidRequest(
+                f"logit_bias names token {int(key)} as {key!r}; leave out the zeros.", param="logit_bias"
+            )
         biases.append((int(key), bias))
     return SamplingParams(
         max_tokens=2**31 - 1,

@@ -1,5 +1,6 @@
 """Log-probabilities in OpenAI's two shapes."""
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,10 +32,13 @@ def chat_logprobs(coder: TextCoder, tokens: Sequence[TokenLogprob], top: int) ->
 
 
 class CompletionLogprobs:
-    """The older shape, whose text offsets run through all parts of one choice."""
+    """The older shape, whose text offsets run through all parts of one choice: the characters before a token, where
+    one that several tokens spell counts with the last."""
 
-    def __init__(self, coder: TextCoder) -> None:
+    def __init__(self, coder: TextCoder, skip_special_tokens: bool) -> None:
         self._coder = coder
+        self._skips = skip_special_tokens
+        self._characters = getincrementaldecoder("utf-8")(errors="replace")
         self._offset = 0
 
     def part(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], top: int) -> dict[str, Any]:
@@ -46,7 +50,8 @@ class CompletionLogprobs:
             values.append(None if item is None else max(item.logprob, LEAST))
             tops.append(None if item is None else self._top(item, top))
             offsets.append(self._offset)
-            self._offset += len(text)
+            if not (self._skips and self._coder.decode([token]) == ""):  # a special token is not in the text
+                self._offset += len(self._characters.decode(self._coder.token_bytes(token)))
         return {"tokens": spelled, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
     def _top(self, item: TokenLogprob, top: int) -> dict[str, float]:

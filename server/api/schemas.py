@@ -46,7 +46,7 @@ ONLY: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "verbosity": ("medium",),
         "bad_words": ([],),
         "use_beam_search": (False,),
-        "length_penalty": (1,),
+        "length_penalty": (1, 1.0),
         "spaces_between_special_tokens": (True,),
         "detokenize": (True,),
         "audio": (),

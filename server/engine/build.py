@@ -81,16 +81,21 @@ def assemble(
     groups = group_heads(policy.rules())
     sizing, longest = _size_cache(config, model, policy, groups, step_tokens)
     report(f"KV cache: room for {sizing.token_capacity} tokens in {sum(sizing.num_pages)} pages")
-    cache = KVCache(
-        groups,
-        sizing.num_pages,
-        ratio=shape.ratio,
-        head_dim=shape.head_dim,
-        dtype=model.dtype,
-        device=model.device,
-        prefix_caching=config.enable_prefix_caching,
-        summaries=policy.summaries(),
-    )
+    try:
+        cache = KVCache(
+            groups,
+            sizing.num_pages,
+            ratio=shape.ratio,
+            head_dim=shape.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+            prefix_caching=config.enable_prefix_caching,
+            summaries=policy.summaries(),
+        )
+    except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError for memory that is not there
+        raise StartupError(
+            f"There is not enough memory for a KV cache of {sizing.token_capacity} tokens; lower --kv-cache-memory."
+        ) from error
     limits = Limits(config.max_num_seqs, step_tokens, config.max_step_seconds)
     scheduler = Scheduler(cache, limits, Pace(shape.attention_crossover), config.enable_prefix_caching)
     load = QueueLoad(config.queued_requests, config.max_queued_tokens or 4 * max(sizing.token_capacity, longest))
@@ -124,6 +129,9 @@ def _size_cache(
     """Pages per group, and the longest sequence to serve: as asked for, or what the model can and memory holds."""
     shape = model.shape
     reserve = ACTIVATION_COPIES * step_tokens * shape.activation_width * model.dtype.itemsize
+    # dense_prefill copies the keys and values of one layer of one sequence.
+    longest_possible = config.max_model_len or shape.max_positions
+    reserve += 2 * longest_possible * shape.kv_heads * shape.head_dim * model.dtype.itemsize
     memory = config.kv_cache_memory or cache_memory(model.device, config.gpu_memory_utilization, reserve)
     rules = [
         [point.heads[layer][heads[0]].keep for layer, heads in (g.slots[0] for g in groups)] for point in policy.points

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from gossamer.server.engine.families import StartupError, check_family
 
 ATTENTION = "gossamer"  # the name that our attention function has inside transformers
 PROBE = "gossamer-probe"
+LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,14 @@ def _load_weights(
     finally:
         transformers_logging.set_verbosity(quiet)
     module, info = loaded
+    layers = config.get_text_config().num_hidden_layers
+    if beyond := [
+        int(n) for key in info.get("unexpected_keys", ()) for n in LAYER.findall(str(key)) if int(n) >= layers
+    ]:
+        raise StartupError(
+            f"The checkpoint {path} has weights of layer {max(beyond)}, but its config.json names {layers} layers; "
+            "its weights do not belong to its config.json."
+        )
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape for")):
         if info.get(kind):
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind])

@@ -191,7 +191,7 @@ def _range(param: str, value: float, low: float, high: float, *, open_low: bool 
     inside = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
     if not inside:
         bound = "above" if open_low else "at least"
-        raise InvalidRequest(f"{param} must be {bound} {low:g} and at most {high:g}, not {value:g}.", param=param)
+        raise InvalidRequest(f"{param} must be {bound} {low} and at most {high}, not {value}.", param=param)
 
 
 def _most(param: str, values: Sequence[object], most: int) -> None:
