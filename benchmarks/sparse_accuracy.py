@@ -180,7 +180,7 @@ def enough(scores: Iterable[Score], length: int) -> list[dict[str, Any]]:
     families: dict[str, list[dict[str, Any]]] = {}
     for point, each in whole.items():
         backend, _, budget = point.partition(":")
-        if budget and budget != "fast":
+        if budget[:1].isdigit():
             families.setdefault(backend, []).append(each.shown())
     found = []
     for backend, cells in families.items():
