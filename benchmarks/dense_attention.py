@@ -10,7 +10,6 @@ not know the shape on this machine is left out.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import provenance, write_report
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -175,9 +174,8 @@ def main() -> None:
                 results.append({"what": what, "length": length, "batch": batch, "contestants": found})
                 print(what, length, batch, found, flush=True)
                 del layer, calls
-    if options.out is not None:
-        report = {**provenance(), "shape": {"heads": options.heads, "dtype": "bfloat16"}, "results": results}
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    shape = {"heads": options.heads, "dtype": "bfloat16"}
+    write_report(options.out, {**provenance(), "shape": shape, "results": results})
 
 
 if __name__ == "__main__":

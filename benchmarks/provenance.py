@@ -1,9 +1,11 @@
 """What stands beside every reported number: the command, the commit, the device and the versions."""
 
+import json
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,12 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in ("torch", "transformers", "triton", "numpy") if (found := _version(name))},
     }
+
+
+def write_report(path: Path | None, report: Mapping[str, Any]) -> None:
+    """The JSON file of a run, if one was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _plain(argument: str) -> str:

@@ -8,7 +8,6 @@ above 1 mean that the engine is faster.
 """
 
 import argparse
-import json
 import statistics
 import threading
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import provenance, write_report
 from transformers import AutoModelForCausalLM
 
 from gossamer.server.config import DEMO_MODEL, ServerConfig
@@ -183,8 +182,7 @@ def main() -> None:
     result["overhead_16"] = show("decode step of 16 sequences", runs.overhead(16))
     result["prefill"] = {str(n): show(f"prompt of {n}", runs.prefill(n)) for n in options.lengths}
     runs.engine.stop(0.0)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_report(options.out, result)
 
 
 def show(name: str, result: dict[str, Any]) -> dict[str, Any]:

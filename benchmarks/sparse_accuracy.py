@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from demo_engine import start
 from demo_model.evaluate import weights_digest, wilson
-from provenance import provenance
+from provenance import provenance, write_report
 from sparse_points import chosen_points
 
 from gossamer.attention.profiling.tasks import CHAIN, TASKS, Filler, Prompt, Question, Task, make_prompt, score
@@ -196,9 +196,7 @@ def enough(scores: Iterable[Score], length: int) -> list[dict[str, Any]]:
 
 
 def write(path: Path | None, scores: Iterable[Score], about: Mapping[str, Any]) -> None:
-    if path is not None:
-        report = {**about, "cells": [score.shown() for score in scores]}
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(path, {**about, "cells": [score.shown() for score in scores]})
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ went by the bytes read (keys, values, summaries). On a GPU every part waits for 
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance
+from provenance import provenance, write_report
 from torch import Tensor, nn
 
 from gossamer.attention.attend import attend
@@ -394,9 +393,8 @@ def main() -> None:
             for line in runs[part]():
                 results.append(line)
                 print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
-    if options.out is not None:
-        found = {**provenance(), "shape": {"heads": options.heads, "dtype": "bfloat16"}, "results": results}
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = {**provenance(), "shape": {"heads": options.heads, "dtype": "bfloat16"}, "results": results}
+    write_report(options.out, found)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from demo_engine import start
-from provenance import provenance
+from provenance import provenance, write_report
 from sparse_points import chosen_points
 
 from gossamer.attention.policy import AttentionPolicy
@@ -131,9 +131,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for length in args.lengths:
         results += measure(engine, list(policy.names), length, args.tokens, args.rounds)
-        if args.out is not None:
-            report = {**provenance(), "results": results}
-            args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(args.out, {**provenance(), "results": results})
     engine.stop(0.0)
 
 
