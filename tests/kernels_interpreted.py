@@ -2,13 +2,14 @@
 process of its own, because TRITON_INTERPRET has to be set before Triton is imported."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import make_case, reference
+from kernel_cases import Case, make_case, reference
 
 from gossamer.kernels.compact import compact_tokens_torch, compact_torch
-from gossamer.kernels.layout import UNLIMITED, PagedKV
+from gossamer.kernels.layout import UNLIMITED, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode_torch
 from gossamer.kernels.paged_prefill import paged_prefill_torch
 from gossamer.kernels.store import store_torch
@@ -46,6 +47,62 @@ def test_attention(dtype: torch.dtype, options: dict[str, object], softcap: floa
         torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance, equal_nan=True)
     due = ~reference(case, softcap, sinks)[1].isnan()
     assert results[0][0][due].isfinite().all() and results[0][0][~due].isnan().all()
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_decode_cuts_long_runs_into_as_many_pieces(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
+    """Five pages beside twenty, all of whose pieces are longer than the shortest."""
+    monkeypatch.setattr(paged_decode, "LEAST_PAGES", least)
+    monkeypatch.setattr(paged_decode, "MOST_PIECES", 4)
+    spans = [(1250, 1), (10, 1), (330, 1), (700, 1)]
+    case = make_case(spans, tile=1, tokens=200, density=0.6, dim=32, windows=WINDOWS, seed=least)
+    check_decode(case)
+
+
+def check_decode(case: Case) -> None:
+    out, lse = case.blank()
+    paged_decode.launch(case.q, case.kv, case.blocks, case.index, out, lse, scale=case.scale)
+    expected, expected_lse = reference(case)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5, equal_nan=True)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_decode_leaves_places_without_a_query_alone() -> None:
+    case = make_case([(130, 1), (600, 1)], tile=1, dim=32)
+    free = BlockRow(1, case.q.shape[0] - 1, 0, 0)
+    index = case.index
+    runs = (torch.nn.functional.pad(x, (0, 1)) for x in (index.start, index.count))
+    blocks = QueryBlocks.of(1, [*case.blocks.rows, free])
+    padded = replace(case, blocks=blocks, index=SparseIndex(*runs, index.pages))
+    expected, _ = reference(case)
+    out, lse = case.blank()
+    paged_decode.launch(case.q, case.kv, padded.blocks, padded.index, out, lse, scale=case.scale)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert out[free.token].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1500])
+def test_list_of_pieces(rows: int) -> None:
+    """Every page and token of every row lies in one piece, more than 1024 rows included."""
+    page, least, most, heads = 64, 3, 8, 1 if rows % 2 else 2
+    gen = torch.Generator().manual_seed(rows)
+    pages = torch.randint(0, 60, (heads, rows // heads), generator=gen, dtype=torch.int32)
+    tokens = torch.randint(0, 900, pages.shape, generator=gen, dtype=torch.int32)
+    tokens[torch.rand(tokens.shape, generator=gen) < 0.3] = 0
+    items = torch.full((paged_decode.most_items(rows, 10**6),), -1, dtype=torch.int32)
+    first = torch.full((rows + 1,), -1, dtype=torch.int32)
+    paged_decode._list_pieces[(rows,)](
+        pages, tokens, items, first, *(2 * [rows // heads]), rows // heads, rows, page, least, most, True
+    )
+    expected, begins = [], [0]
+    for row, (n, m) in enumerate(zip(pages.flatten().tolist(), tokens.flatten().tolist(), strict=True)):
+        size = max(least, -(-(n + -(-m // page)) // most))
+        pieces = -(-n // size) + -(-m // (size * page))
+        assert pieces <= most + 1
+        expected += [row * 2 * most + piece for piece in range(pieces)]
+        begins.append(len(expected))
+    assert first.tolist() == begins and items[: len(expected)].tolist() == expected
+    assert (items[len(expected) :] == -1).all()
 
 
 @pytest.mark.parametrize("ratio", [1, 16])

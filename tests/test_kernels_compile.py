@@ -21,7 +21,7 @@ from gossamer.kernels.triton import compact, paged_decode, paged_prefill, store 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # a program's most, from NVIDIA's tuning guides
 INT_POINTERS = {
     *("table", "length", "heads", "sink", "window", "seq", "token", "pos", "queries", "count", "first"),
-    *("start", "pages", "token_start", "token_count", "tokens", "packed"),
+    *("start", "pages", "token_start", "token_count", "tokens", "packed", "items"),
 }
 FLOAT_POINTERS = {"lse", "part", "part_lse"}
 
@@ -87,11 +87,12 @@ def test_prefill(capability: int, dim: int, tokens: bool, capped: bool) -> None:
 @pytest.mark.parametrize(("capability", "dim", "tokens", "capped"), DECODE)
 def test_decode(capability: int, dim: int, tokens: bool, capped: bool) -> None:
     options = paged_decode.tile(dim, 2, 4)
-    flags = {"PAGE": 64, "DIM": dim, "PIECE": paged_decode.PIECE, "TOKENS": tokens, "SOFTCAP": capped}
-    hold(compiled(paged_decode._paged_decode, capability, "bf16", options | flags), capability)
-    flags = {"PAGE": 64, "DIM": dim, "PIECE": paged_decode.PIECE, "TOKENS": tokens, "SINKS": capped}
-    shape = {name: options[name] for name in ("M", "WIDE")}
-    hold(compiled(paged_decode._join_pieces, capability, "bf16", shape | flags), capability)
+    cut = {"PAGE": 64, "LEAST": paged_decode.LEAST_PAGES, "MOST": paged_decode.MOST_PIECES, "TOKENS": tokens}
+    flags = {"DIM": dim, "SOFTCAP": capped} | cut
+    hold(compiled(paged_decode._attend_pieces, capability, "bf16", options | flags), capability)
+    flags = {"DIM": dim, "SINKS": capped} | {name: options[name] for name in ("M", "WIDE")}
+    hold(compiled(paged_decode._join_pieces, capability, "bf16", flags), capability)
+    hold(compiled(paged_decode._list_pieces, capability, "bf16", cut), capability)
 
 
 @pytest.mark.parametrize("dim", [128])
@@ -99,8 +100,9 @@ def test_float32(dim: int) -> None:
     options = paged_prefill.tile(dim, 4, 128, tokens=False, capability=90)
     flags = {"PAGE": 64, "DIM": dim, "TOKENS": False, "SOFTCAP": False, "SINKS": False}
     hold(compiled(paged_prefill._paged_prefill, 90, "fp32", options | flags), 90)
-    flags = {"PAGE": 64, "DIM": dim, "PIECE": paged_decode.PIECE, "TOKENS": False, "SOFTCAP": False}
-    hold(compiled(paged_decode._paged_decode, 90, "fp32", paged_decode.tile(dim, 4, 4) | flags), 90)
+    cut = {"PAGE": 64, "LEAST": paged_decode.LEAST_PAGES, "MOST": paged_decode.MOST_PIECES, "TOKENS": False}
+    flags = {"DIM": dim, "SOFTCAP": False} | cut
+    hold(compiled(paged_decode._attend_pieces, 90, "fp32", paged_decode.tile(dim, 4, 4) | flags), 90)
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)

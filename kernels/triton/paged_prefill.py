@@ -46,12 +46,12 @@ def launch(
     dim, rows = q.shape[2], blocks.size * kv.ratio
     tokens = index.tokens is not None
     options = tile(dim, kv.k.element_size(), rows, tokens=tokens, capability=capability(q.device))
-    grid = (len(blocks) * triton.cdiv(rows, options["M"]), kv.heads.numel())
+    groups, parts = kv.heads.numel(), triton.cdiv(rows, options["M"])
     singles = (
         (index.token_start, index.token_count, index.tokens) if tokens else (index.start, index.count, index.pages)
     )
     token_stride = index.token_start.stride(0) if index.token_start is not None else 0
-    _paged_prefill[grid](
+    _paged_prefill[(len(blocks) * parts * groups,)](
         q, kv.k, kv.v, out, lse, index.start if sinks is None else sinks,
         kv.table, kv.length, kv.heads, kv.sink, kv.window,
         blocks.seq, blocks.token, blocks.pos, blocks.count,
@@ -59,7 +59,7 @@ def launch(
         *singles,
         *q.stride()[:2], *out.stride()[:2], *lse.stride(), *kv.k.stride()[:3], *kv.v.stride()[:3],
         kv.table.stride(0), kv.sink.stride(0), index.start.stride(0), token_stride,
-        *factors(scale, softcap), kv.ratio, triton.cdiv(rows, options["M"]),
+        *factors(scale, softcap), kv.ratio, groups, parts,
         PAGE=kv.page_size, DIM=dim, TOKENS=tokens, SOFTCAP=softcap > 0, SINKS=sinks is not None, **options,
         enable_fp_fusion=True,  # said aloud, because Triton's default is about to change
     )  # fmt: skip
@@ -73,14 +73,13 @@ def _paged_prefill(
     start_ptr, count_ptr, pages_ptr, token_start_ptr, token_count_ptr, tokens_ptr,
     q_t, q_h, out_t, out_h, lse_t, lse_h, k_g, k_p, k_s, v_g, v_p, v_s,
     table_b, rule_b, index_g, token_g,
-    scale, cap, ratio, parts,
+    scale, cap, ratio, groups, parts,
     M: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
     TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    # Later blocks read more: they start first.
-    n = (tl.num_programs(0) - 1 - tl.program_id(0)) // parts
-    part = (tl.num_programs(0) - 1 - tl.program_id(0)) % parts
-    g = tl.program_id(1)
+    # Later blocks read more: they start first, of all heads, so that the last program to start has little to do.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    g, n, part = program % groups, program // groups // parts, program // groups % parts
     seq, pos, queries = tl.load(seq_ptr + n), tl.load(pos_ptr + n), tl.load(queries_ptr + n)
     if part * M >= queries * ratio:
         return

@@ -21,6 +21,13 @@ def capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
+def programs(items: int, per_sm: int, device: torch.device) -> int:
+    """How many programs share a list of at most so many items: no more than run at once, `per_sm` to a multiprocessor.
+    The interpreter has two of these."""
+    chip = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return max(1, min(items, int(chip) * per_sm))
+
+
 @triton.jit
 def logits(products, scale, cap, SOFTCAP: tl.constexpr):
     """Products of queries and keys -> logits in base 2."""
