@@ -21,9 +21,9 @@ def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int) -
     if itemsize == 4:
         most, warps, stages = (32, 8, 1) if wide <= 64 else (16, 4, 1) if wide <= 128 else (16, 8, 1)
     elif wide <= 64:
-        most, warps, stages = 128, 8, 3
+        most, warps, stages = 128, 8, 4
     elif wide <= 128:
-        most, warps, stages = 128 if capability >= 90 else 64, 8, 3
+        most, warps, stages = 128 if capability >= 90 else 64, 8, 4
     else:
         most, warps, stages = 64 if capability >= 90 and not tokens else 32, 8, 2
     block = min(most, max(16, triton.next_power_of_2(rows)))
