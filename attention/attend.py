@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -65,7 +66,7 @@ def attend(
                     dense_prefill(q, kv, chunk, out, scale=scale)
                 rest, left = _without(blocks, index, handed)
                 paged_prefill(q, kv, rest, left, out, lse, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
-            _correct(q, kv, blocks, index, asked, out, lse, scale, softcap or 0.0)
+            _correct(q, kv, blocks, step, index, asked, out, lse, scale, softcap or 0.0)
             if not q.is_cuda:
                 step.reads.select_seconds += selected - began
                 step.reads.attend_seconds += time.perf_counter() - selected
@@ -73,19 +74,25 @@ def attend(
 
 
 Row = tuple[Selector, ...]  # one per head of a view
-Asked = dict[Row, tuple[int, ...] | None]  # which blocks each row of selectors is asked about; None for all
+Blocks = tuple[int, ...] | None  # some of a step's blocks, or all
+Asked = dict[Row, Blocks | frozenset[OperatingPoint]]  # whom each row is asked about: blocks, or those of some points
 
 DENSE = Dense()
 
 
 def _asked(step: Step, layer: int, group: int, blocks: QueryBlocks) -> Asked:
     """What the policies of the sequences in the step ask of one view's heads. Blocks below a selector's length are
-    dense."""
+    dense; a recorded step, which cannot know them, asks about them too."""
     heads = step.views.heads(layer)[group]
     rows: dict[OperatingPoint, Row] = {}
     for point in dict.fromkeys(step.points):
         policies = [point.heads[layer][head] for head in heads]
         rows[point] = tuple(policy.decode if blocks.size == 1 else policy.prefill for policy in policies)
+    if step.recorded is not None:
+        points: dict[Row, frozenset[OperatingPoint]] = {}
+        for point, row in rows.items():
+            points[row] = points.get(row, frozenset()) | {point}
+        return {row: own if len(points) > 1 else None for row, own in points.items()}
     if len(rows) == 1:
         (only,) = rows.values()
         if all(selector.above == 0 for selector in only):
@@ -112,6 +119,7 @@ def _handed_over(
         return {}
     dense: set[int] = set()
     for row, mine in asked.items():
+        assert not isinstance(mine, frozenset), "prompts are not recorded"
         if all(isinstance(selector, Dense) for selector in row):
             dense.update(range(len(blocks)) if mine is None else mine)
     if not dense:
@@ -137,10 +145,10 @@ def _without(
 def select(q: Tensor, kv: PagedKV, blocks: QueryBlocks, step: Step, asked: Asked, scale: float) -> SparseIndex:
     """The index of one view's heads."""
     if any(selector.reads_tensors for row in asked for selector in row):
-        return build_index(_propose(q, kv, blocks, asked, scale), kv, blocks)
+        return build_index(_propose(q, kv, blocks, step, asked, scale), kv, blocks)
     key = (id(kv.table), blocks.size, tuple(asked.items()))
     if key not in step.shared:
-        step.shared[key] = build_index(_propose(q, kv, blocks, asked, scale), kv, blocks)
+        step.shared[key] = build_index(_propose(q, kv, blocks, step, asked, scale), kv, blocks)
     return step.shared[key]
 
 
@@ -151,23 +159,39 @@ def _runs(row: Row) -> Iterator[tuple[Selector, slice]]:
         yield selector, slice(first, first + 1 + len(rest))
 
 
-def _propose(q: Tensor, kv: PagedKV, blocks: QueryBlocks, asked: Asked, scale: float) -> Proposal:
+def _propose(q: Tensor, kv: PagedKV, blocks: QueryBlocks, step: Step, asked: Asked, scale: float) -> Proposal:
     """Ask each selector about its own heads and blocks. Most layers have one selector."""
-    if len(selectors := {selector for row in asked for selector in row}) == 1:
+    selectors = {selector for row in asked for selector in row}
+    if len(selectors) == 1 and (step.recorded is None or all(selector.above == 0 for selector in selectors)):
         return selectors.pop().propose(q, kv, blocks, scale)
-    parts: list[tuple[slice, tuple[int, ...], Proposal]] = []
+    parts: list[tuple[slice, Tensor, Proposal]] = []
     for row, mine in asked.items():
-        part = blocks if mine is None else blocks.take(mine)
-        places = tuple(range(len(blocks))) if mine is None else mine
+        part = blocks.take(mine) if isinstance(mine, tuple) else blocks
+        places = _places(blocks, step, mine)
         for selector, own in _runs(row):
-            parts.append((own, places, selector.propose(q, kv.only(own), part, scale)))
+            at = places
+            if step.recorded is not None and selector.above > 0:
+                at = places & (blocks.origin >= selector.above)
+            parts.append((own, at, selector.propose(q, kv.only(own), part, scale)))
     return _assemble(parts, (len(kv.heads), len(blocks), kv.table.shape[1]), kv.table.device)
+
+
+def _places(blocks: QueryBlocks, step: Step, mine: Blocks | frozenset[OperatingPoint]) -> Tensor:
+    """Which blocks a row of selectors was asked about: numbers, or [N] bool in a recorded step."""
+    device = blocks.pos.device
+    if step.recorded is None:
+        assert not isinstance(mine, frozenset)
+        numbers = range(len(blocks)) if mine is None else mine
+        return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
+    own = [step.recorded[point] for point in step.points if mine is None or point in mine]
+    return torch.stack(own).any(0)
 
 
 def _correct(
     q: Tensor,
     kv: PagedKV,
     blocks: QueryBlocks,
+    step: Step,
     index: SparseIndex,
     asked: Asked,
     out: Tensor,
@@ -180,23 +204,29 @@ def _correct(
         for selector, own in _runs(row):
             if not selector.corrects:
                 continue
-            part = blocks if mine is None else blocks.take(mine)
+            part = blocks.take(mine) if isinstance(mine, tuple) else blocks
+            if isinstance(mine, frozenset):  # the others' blocks hold no query here
+                part = replace(blocks, count=torch.where(_places(blocks, step, mine), blocks.count, 0))
+            left = index.only(own, mine if isinstance(mine, tuple) else None)
             means = (kv.summaries[each.name][own] for each in CORRECTION)
-            add_dropped_pages(
-                q, kv.only(own), part, index.only(own, mine), out, lse, *means, scale=scale, softcap=softcap
-            )
+            add_dropped_pages(q, kv.only(own), part, left, out, lse, *means, scale=scale, softcap=softcap)
 
 
 def _assemble(
-    parts: Sequence[tuple[slice, tuple[int, ...], Proposal]], shape: tuple[int, int, int], device: torch.device
+    parts: Sequence[tuple[slice, Tensor, Proposal]], shape: tuple[int, int, int], device: torch.device
 ) -> Proposal:
-    """Proposals for some heads and blocks -> one for all, [G, N, L]."""
-    pages = torch.zeros(shape, dtype=torch.bool, device=device)
+    """Proposals for some heads and blocks -> one for all, [G, N, L], dense for blocks that nobody was asked about. The
+    blocks are given by number, or as [N] bool; then the proposal is one for all of them."""
+    pages = torch.ones(shape, dtype=torch.bool, device=device)
     widest = max((p.tokens.shape[-1] for _, _, p in parts if p.tokens is not None), default=0)
     tokens = torch.full((*shape[:2], widest), -1, dtype=torch.int32, device=device) if widest else None
-    for own, mine, proposal in parts:
-        rows = torch.tensor(mine, device=device)
-        pages[own, rows] = proposal.pages
+    for own, at, proposal in parts:
+        tables = [(pages, proposal.pages)]
         if tokens is not None and proposal.tokens is not None:
-            tokens[own, rows, : proposal.tokens.shape[-1]] = proposal.tokens
+            tables.append((tokens[..., : proposal.tokens.shape[-1]], proposal.tokens))
+        for table, found in tables:
+            if at.dtype == torch.bool:
+                table[own] = torch.where(at[:, None], found, table[own])
+            else:
+                table[own, at] = found
     return Proposal(pages, tokens)

@@ -1,12 +1,13 @@
 """How much of what it could see a step's attention has read: the density that is reported and exported."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gossamer.kernels.layout import PAGE_SIZE, QueryBlocks, SparseIndex
+from gossamer.kernels.layout import PAGE_SIZE, BlockRow, QueryBlocks, SparseIndex
 
 
 class SpanReads(NamedTuple):
@@ -27,7 +28,7 @@ class Reads:
     """Adds up over the layers of one step. What was read stays on the device until `totals`."""
 
     read: dict[bool, Tensor] = field(default_factory=dict)  # by whether it is decode: [N]
-    possible: dict[bool, list[int]] = field(default_factory=dict)
+    heads: dict[bool, int] = field(default_factory=dict)  # that were added up
     select_seconds: float = 0.0  # spent choosing keys; on a CPU only, where calls return when they are done
     attend_seconds: float = 0.0  # ... and reading them
     _known: dict[int, tuple[SparseIndex, Tensor]] = field(default_factory=dict)  # indices shared by layers
@@ -45,18 +46,17 @@ class Reads:
             self.read[decode] += known[1]
         else:
             self.read[decode] = known[1].clone()
-        seen = self.possible.setdefault(decode, [0] * len(blocks))
-        for n, row in enumerate(blocks.rows):
-            seen[n] += heads * row.count * -(-(row.pos + row.count) // PAGE_SIZE)
+        self.heads[decode] = self.heads.get(decode, 0) + heads
 
-    def totals(self, prefill: QueryBlocks | None, decode: QueryBlocks | None, spans: int) -> tuple[SpanReads, ...]:
-        """One entry per sequence of the step. Waits for the device."""
+    def totals(self, prefill: Sequence[BlockRow], decode: Sequence[BlockRow], spans: int) -> tuple[SpanReads, ...]:
+        """One entry per sequence of the step. Waits for the device. What was added for more blocks than there are rows
+        does not count."""
         sums = [[0.0] * 4 for _ in range(spans)]
-        for at, blocks in ((0, prefill), (2, decode)):
+        for at, rows in ((0, prefill), (2, decode)):
             kind = at == 2
-            if blocks is None or kind not in self.read:
+            if not rows or kind not in self.read:
                 continue
-            for row, read, possible in zip(blocks.rows, self.read[kind].tolist(), self.possible[kind], strict=True):
+            for row, read in zip(rows, self.read[kind].tolist(), strict=False):
                 sums[row.seq][at] += read
-                sums[row.seq][at + 1] += possible
+                sums[row.seq][at + 1] += self.heads[kind] * row.count * -(-(row.pos + row.count) // PAGE_SIZE)
         return tuple(SpanReads(*each) for each in sums)

@@ -1,10 +1,11 @@
 """A step: one forward pass over some sequences, each with some new tokens, cut into query blocks on the host."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from gossamer.attention.policy import OperatingPoint
 from gossamer.attention.reads import Reads
@@ -25,7 +26,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """All that attention has to know about one forward pass. `views` and `points` have one entry per span."""
+    """All that attention has to know about one forward pass. `views` and `points` have one entry per span.
+
+    A step that is recorded for other sequences to come (`recorded`) has generated tokens alone, and its `points` are
+    all that may occur. Its tensors are what they will be filled with: nothing may follow from what `spans` and `rows`
+    say, and a block of no query is a place that is free.
+    """
 
     spans: tuple[Span, ...]
     prefill: QueryBlocks | None
@@ -36,6 +42,7 @@ class Step:
     reads: Reads = field(default_factory=Reads, compare=False, repr=False)
     shared: dict[Hashable, SparseIndex] = field(default_factory=dict, compare=False, repr=False)
     """Indices that depend on positions alone, made by the first layer that needs them and used by the others."""
+    recorded: Mapping[OperatingPoint, Tensor] | None = None  # per point [B] bool: the sequences that asked for it
 
     @property
     def num_tokens(self) -> int:
@@ -73,11 +80,11 @@ def plan_step(
         QueryBlocks.of(1, single, device) if single else None,
         views,
         tuple(points),
-        _filled(spans, device),
+        filled_pages(spans, device),
     )
 
 
-def _filled(spans: Sequence[Span], device: torch.device | str) -> FilledPages | None:
+def filled_pages(spans: Sequence[Span], device: torch.device | str) -> FilledPages | None:
     """The pages that are full once the step's keys are stored, and were not before."""
     pairs = [
         (seq, page)

@@ -14,7 +14,7 @@ from gossamer.kvcache.prefix import reusable_pages
 from gossamer.kvcache.retention import Retention
 from gossamer.kvcache.summaries import Summary, shapes_by_group
 from gossamer.kvcache.table import PageTable
-from gossamer.kvcache.views import StepViews, ViewPlan
+from gossamer.kvcache.views import Room, StepViews, ViewPlan
 
 __all__ = ["KVCache", "OutOfPages", "PageTable", "PoolStats", "StepViews"]
 
@@ -194,6 +194,14 @@ class KVCache:
     def views(self, tables: Sequence[PageTable]) -> StepViews:
         """What the step's layers read and write, one row per table; valid until a table changes. After `grow`."""
         return self._plan.views(tables)
+
+    def room(self, rows: int, width: int) -> Room:
+        """Memory that shows the tables of one step after another, of at most `rows` sequences and `width` pages."""
+        return self._plan.room(rows, width)
+
+    def fill(self, room: Room, tables: Sequence[PageTable]) -> None:
+        """What `views` would show, in the room: valid until it is filled again."""
+        self._plan.fill(room, tables)
 
     def stats(self) -> tuple[PoolStats, ...]:
         """Per group."""

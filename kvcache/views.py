@@ -28,6 +28,14 @@ class _LayerSlice(NamedTuple):
     written: tuple[Summary, ...]  # what writes them
 
 
+class Packed(NamedTuple):
+    """The tables of a step side by side."""
+
+    memory: Tensor  # int32
+    rows: int  # sequences
+    width: int  # logical pages of the longest
+
+
 class StepViews:
     """The views of one step. Tables, lengths, sinks and windows are shared by all layers."""
 
@@ -75,6 +83,20 @@ class StepViews:
         return PagedKV(part.k, part.v, table, self._length, part.heads, sink, window, self._ratio, part.summaries)
 
 
+class Room:
+    """Memory on the device for the tables of one step after another, none with more than `rows` sequences or `width`
+    logical pages, and its views, which always show the last step put there. Rows that are left over are free: they
+    hold no page."""
+
+    __slots__ = ("memory", "rows", "views", "width")
+
+    def __init__(self, rows: int, width: int, memory: Tensor, views: StepViews) -> None:
+        self.rows = rows
+        self.width = width
+        self.memory = memory  # [bytes / 4] int32
+        self.views = views
+
+
 class ViewPlan:
     """What is the same in every step: the pools' slices by layer. Makes the views of a step in one pass over the tables
     and one transfer to the device."""
@@ -114,35 +136,70 @@ class ViewPlan:
 
     def views(self, tables: Sequence[PageTable]) -> StepViews:
         """One row per table, at least one, in the given order."""
-        rows, width = len(tables), max((table.num_pages for table in tables), default=0)
-        columns = [1, *[width] * self._num_groups, *[heads for _, heads in self._limits for _ in range(2)]]
-        # One buffer, so one transfer. Parts begin at multiples of 16 bytes, as kernels like their pointers.
-        starts = list(accumulate((-(-rows * width // 4) * 4 for width in columns), initial=0))
-        packed = torch.empty(starts[-1], dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        parts = [
-            packed[start : start + rows * width].view(rows, width)
-            for start, width in zip(starts, columns, strict=False)
-        ]
-        self._fill([part.numpy() for part in parts], tables)
+        packed = self._packed(tables, len(tables), max((table.num_pages for table in tables), default=0))
         if self._device.type != "cpu":
-            moved = packed.to(self._device, non_blocking=True)
-            parts = [moved.as_strided(part.shape, part.stride(), part.storage_offset()) for part in parts]
+            packed = Packed(packed.memory.to(self._device, non_blocking=True), packed.rows, packed.width)
+        windows = np.stack([table.visible[1] for table in tables], axis=-1)  # [groups, B]
+        return self._show(packed, windows >= UNLIMITED)
+
+    def room(self, rows: int, width: int) -> Room:
+        """For steps to come of at most so many sequences and logical pages."""
+        packed = self._packed((), rows, width)
+        memory = packed.memory.to(self._device)
+        shown = self._show(Packed(memory, rows, width), np.zeros((self._num_groups, rows), dtype=np.bool_))
+        return Room(rows, width, memory, shown)
+
+    def fill(self, room: Room, tables: Sequence[PageTable]) -> None:
+        """Let the room show these tables, in the given order."""
+        room.memory.copy_(self._packed(tables, room.rows, room.width).memory, non_blocking=True)
+
+    def _packed(self, tables: Sequence[PageTable], rows: int, width: int) -> Packed:
+        """All of a step's tables in one buffer on the host, so that there is one transfer."""
+        packed = Packed(
+            torch.empty(self._starts(rows, width)[-1], dtype=torch.int32, pin_memory=self._device.type == "cuda"),
+            rows,
+            width,
+        )
+        self._fill([part.numpy() for part in self._parts(packed)], tables)
+        return packed
+
+    def _columns(self, width: int) -> list[int]:
+        return [1, *[width] * self._num_groups, *[heads for _, heads in self._limits for _ in range(2)]]
+
+    def _starts(self, rows: int, width: int) -> list[int]:
+        """Where the parts begin: at multiples of 16 bytes, as kernels like their pointers."""
+        return list(accumulate((-(-rows * columns // 4) * 4 for columns in self._columns(width)), initial=0))
+
+    def _parts(self, packed: Packed) -> list[Tensor]:
+        """Lengths [B, 1], page tables [B, L] per group, then sinks and windows [B, G] for each of `_limits`."""
+        rows = packed.rows
+        return [
+            packed.memory[start : start + rows * columns].view(rows, columns)
+            for start, columns in zip(self._starts(rows, packed.width), self._columns(packed.width), strict=False)
+        ]
+
+    def _show(self, packed: Packed, unlimited: np.ndarray[tuple[int, int], np.dtype[np.bool_]]) -> StepViews:
+        parts = self._parts(packed)
         after = parts[1 + self._num_groups :]
         limits = dict(zip(self._limits, zip(after[::2], after[1::2], strict=True), strict=True))
-        windows = np.stack([table.visible[1] for table in tables], axis=-1)  # [groups, B]
         page_tables = parts[1 : 1 + self._num_groups]
-        return StepViews(self._layers, page_tables, parts[0].view(rows), limits, self._ratio, windows >= UNLIMITED)
+        return StepViews(self._layers, page_tables, parts[0].view(packed.rows), limits, self._ratio, unlimited)
 
     def _fill(self, parts: Sequence[PageArray], tables: Sequence[PageTable]) -> None:
-        """Write lengths, page tables, sinks and windows: parts of [B, 1], [B, L] per group, then two [B, G] for each of
-        `_limits`."""
+        """Write lengths, page tables, sinks and windows into `_parts`."""
         by_group, limits = parts[1 : 1 + self._num_groups], parts[1 + self._num_groups :]
         for row, table in enumerate(tables):
             parts[0][row] = table.length
             for out, pages in zip(by_group, table.rows, strict=True):
                 out[row, : table.num_pages] = pages
                 out[row, table.num_pages :] = NULL_PAGE
+        for part in parts:
+            part[len(tables) :] = 0
+        for pages in by_group:
+            pages[len(tables) :] = NULL_PAGE
+        if not tables:
+            return
         sinks, windows = np.stack([table.visible for table in tables], axis=-1)[..., None]  # [groups, B, 1] each
         for (group, _), sink, window in zip(self._limits, limits[::2], limits[1::2], strict=True):
-            sink[:] = sinks[group]
-            window[:] = windows[group]
+            sink[: len(tables)] = sinks[group]
+            window[: len(tables)] = windows[group]

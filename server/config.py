@@ -119,6 +119,9 @@ class ServerConfig:
         "Memory and batching", "Longest step, in seconds, while others wait for it: long prompts are cut finer.", 0.5,
         low=0.001,
     )  # fmt: skip
+    cuda_graphs: bool = _knob(
+        "Memory and batching", "On a GPU, record decode steps at start, so that one call launches each.", True
+    )
     enable_prefix_caching: bool = _knob("Memory and batching", "Reuse the keys and values of equal beginnings.", True)
     threads: int | None = _knob("Memory and batching", "CPU threads of the model.", None, low=1, shown="torch's choice")
 

@@ -159,7 +159,7 @@ def load_tiny(settings: ServerConfig) -> Model:
         settings.model_path,
         revision=None,
         dtype=settings.dtype,
-        device=torch.device("cpu"),
+        device=torch.device("cpu" if settings.device == "auto" else settings.device),
         served_length=None,
         report=lambda line: None,
     )

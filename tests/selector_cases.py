@@ -32,24 +32,26 @@ class Backend:
     exact: bool = True  # everything selected as pages gives the bits of dense; single tokens are read in another order
 
 
-def labels(heads: int, dim: int) -> Labels:
+def labels(heads: int, dim: int, device: str = "cpu") -> Labels:
     """A quarter of the channels, others for each head."""
     channels = [[(3 * i + head) % dim for i in range(dim // 4)] for head in range(heads)]
     channels[0][-1] = -1  # one head has a channel less
-    return Labels("test", tuple(map(tuple, channels)), torch.tensor(channels, dtype=torch.int32))
+    return Labels("test", tuple(map(tuple, channels)), torch.tensor(channels, dtype=torch.int32, device=device))
 
 
-def gate(phase: str, heads: int, ratio: int, dim: int, budget: Budget, *, own_keys: bool = False) -> LearnedGate:
+def gate(
+    phase: str, heads: int, ratio: int, dim: int, budget: Budget, *, own_keys: bool = False, device: str = "cpu"
+) -> LearnedGate:
     """A gate with random weights: one gate query per query head for prompts, one per KV head for generated tokens. Each
     gate query has its own keys, or they share them."""
     generator = torch.Generator().manual_seed(dim)
-    rotary = Rotary(10000.0 ** -(torch.arange(dim // 2) * 2 / dim))
-    turned = Rotary(10000.0 ** -(torch.arange(GATE_DIM // 2) * 2 / GATE_DIM))
+    rotary, turned = (Rotary((10000.0 ** -(torch.arange(n // 2) * 2 / n)).to(device)) for n in (dim, GATE_DIM))
     queries = 1 if phase == "decode" else ratio
     weight = torch.randn(heads, queries if own_keys else 1, 3 * dim, GATE_DIM, generator=generator) * 2 / dim**0.5
-    keys = GateKeys(f"test {phase}", 0, weight, None, rotary, turned)
+    keys = GateKeys(f"test {phase}", 0, weight.to(device), None, rotary, turned)
     query = torch.randn(heads, queries, ratio * dim, GATE_DIM, generator=generator) / dim**0.5
-    return LearnedGate(keys, budget, query, torch.ones(GATE_DIM) if phase == "decode" else None, phase)
+    norm = torch.ones(GATE_DIM, device=device) if phase == "decode" else None
+    return LearnedGate(keys, budget, query.to(device), norm, phase)
 
 
 ALL, SOME, MASS, PART = Budget("share", 1.0), Budget("tokens", 192), Budget("mass", 0.6), Budget("part", 1.0, least=130)

@@ -20,6 +20,7 @@ from gossamer.server.engine.admission import QueueLoad
 from gossamer.server.engine.engine import Engine, ModelCard
 from gossamer.server.engine.executor import Executor
 from gossamer.server.engine.families import StartupError
+from gossamer.server.engine.graphs import CudaRecorder, DecodeGraphs
 from gossamer.server.engine.loop import Loop, Observer
 from gossamer.server.engine.memory import cache_memory
 from gossamer.server.engine.model import Model, load_config, load_model
@@ -96,10 +97,14 @@ def assemble(
         raise StartupError(
             f"There is not enough memory for a KV cache of {sizing.token_capacity} tokens; lower --kv-cache-memory."
         ) from error
+    graphs = None
+    if config.cuda_graphs and model.device.type == "cuda":
+        graphs = DecodeGraphs(model, cache, config.max_num_seqs, -(-longest // PAGE_SIZE), CudaRecorder())
+        graphs.record_ahead(policy.point(default), report)
     limits = Limits(config.max_num_seqs, step_tokens, config.max_step_seconds)
     scheduler = Scheduler(cache, limits, Pace(shape.attention_crossover), config.enable_prefix_caching)
     load = QueueLoad(config.queued_requests, config.max_queued_tokens or 4 * max(sizing.token_capacity, longest))
-    loop = Loop(scheduler, Executor(model, cache, Sampler()), load, metrics, audit)
+    loop = Loop(scheduler, Executor(model, cache, Sampler(), graphs), load, metrics, audit)
     card = ModelCard(
         name=config.names[0],
         names=config.names,

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.attention.reads import SpanReads
+from gossamer.attention.reads import Reads, SpanReads
 from gossamer.attention.step import Span, plan_step
+from gossamer.kernels.layout import BlockRow
 from gossamer.kvcache.cache import KVCache
+from gossamer.server.engine.graphs import DecodeGraphs, Token
 from gossamer.server.engine.model import Model
 from gossamer.server.engine.request import TokenLogprob
 from gossamer.server.engine.sampler import Sampled, Sampler
 from gossamer.server.engine.scheduler import Part
 from gossamer.server.engine.sequence import Sequence
+
+BlockRows = tuple[tuple[BlockRow, ...], tuple[BlockRow, ...]]  # a step's query blocks: prompts', and generated tokens'
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +40,13 @@ class Executor:
     model: Model
     cache: KVCache
     sampler: Sampler
+    graphs: DecodeGraphs | None = None
 
     def run(self, parts: Items[Part]) -> Outcome:
         """One forward pass over all parts, laid end to end."""
-        tables = [part.sequence.table for part in parts]
-        spans = [Span(part.first, part.new, part.sequence.prompt_length) for part in parts]
-        points = [part.sequence.point for part in parts]
-        device = self.model.device
-        step = plan_step(spans, self.cache.views(tables), points, self.model.shape.ratio, device)
-        tokens = [t for part in parts for t in part.sequence.tokens[part.first : part.first + part.new]]
         rows, sampling, scoring = self._rows(parts)
-        inputs = torch.tensor([tokens, _positions(spans)], dtype=torch.int64).to(device)
         began = time.monotonic()
-        logits = self.model.forward(inputs[0], inputs[1], step, torch.tensor(rows, device=device))
+        logits, reads, seen = self._replay(parts) or self._forward(parts, rows)
         seconds = time.monotonic() - began
         not_finite = {part.sequence for part, at in scoring if not self._score(part, logits[at : at + part.new])}
         sampled: dict[Sequence, Sampled] = {}
@@ -56,19 +54,44 @@ class Executor:
             chosen = (
                 logits
                 if len(sampling) == len(rows)
-                else logits[torch.tensor([row for _, row in sampling], device=device)]
+                else logits[_to_device([row for _, row in sampling], self.model.device)]
             )
             results = self.sampler.sample(chosen, [part.sequence.row for part, _ in sampling])
             sampled = {part.sequence: result for (part, _), result in zip(sampling, results, strict=True)}
-        reads = step.reads
         return Outcome(
             sampled,
             seconds,
-            reads.totals(step.prefill, step.decode, len(spans)),
+            reads.totals(*seen, len(parts)),
             reads.select_seconds,
             reads.attend_seconds,
             frozenset(not_finite),
         )
+
+    def _forward(self, parts: Items[Part], rows: list[int]) -> tuple[Tensor, Reads, BlockRows]:
+        """Logits of these token rows [len(rows), V]."""
+        tables = [part.sequence.table for part in parts]
+        spans = [Span(part.first, part.new, part.sequence.prompt_length) for part in parts]
+        points = [part.sequence.point for part in parts]
+        device = self.model.device
+        step = plan_step(spans, self.cache.views(tables), points, self.model.shape.ratio, device)
+        tokens = [t for part in parts for t in part.sequence.tokens[part.first : part.first + part.new]]
+        inputs = _to_device([tokens, _positions(spans)], device)
+        logits = self.model.forward(inputs[0], inputs[1], step, _to_device(rows, device))
+        prefill, decode = (blocks.rows if blocks is not None else () for blocks in (step.prefill, step.decode))
+        return logits, step.reads, (prefill, decode)
+
+    def _replay(self, parts: Items[Part]) -> tuple[Tensor, Reads, BlockRows] | None:
+        """The same by a recorded graph, where every sequence has one generated token to compute."""
+        if self.graphs is None or any(part.new > 1 or part.first < part.sequence.prompt_length for part in parts):
+            return None
+        sequences = [part.sequence for part in parts]
+        tokens = [
+            Token(s.tokens[part.first], part.first, s.point, s.table) for s, part in zip(sequences, parts, strict=True)
+        ]
+        found = self.graphs.run(tokens)
+        if found is None:
+            return None
+        return *found, ((), tuple(BlockRow(n, n, token.pos, 1) for n, token in enumerate(tokens)))
 
     def _rows(self, parts: Items[Part]) -> tuple[list[int], list[tuple[Part, int]], list[tuple[Part, int]]]:
         """Token rows whose logits are needed; then (part, its row among them) to sample, and to score prompts with."""
@@ -102,6 +125,11 @@ class Executor:
             return False
         sequence.prompt_logprobs = known
         return True
+
+
+def _to_device(numbers: list[int] | list[list[int]], device: torch.device) -> Tensor:
+    """int64, without waiting for the device."""
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _positions(spans: Items[Span]) -> list[int]:

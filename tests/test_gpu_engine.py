@@ -1,0 +1,90 @@
+"""The engine on a GPU: nothing in a forward pass waits for the device, and recorded steps answer as others do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import ask, load_tiny, running_engine
+from selector_cases import gate, labels
+from tiny_models import VOCAB
+
+from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
+from gossamer.attention.selectors import BlockSparse, Budget, DoubleSparsity, SinkRecent, VerticalSlash
+from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
+from gossamer.server.config import ServerConfig
+from gossamer.server.engine.executor import Executor
+from gossamer.server.engine.graphs import DecodeGraphs
+from gossamer.server.engine.model import Model
+
+pytestmark = pytest.mark.gpu
+
+RATIO, DIM = 2, 32
+FEW = Budget("tokens", 192)
+LENGTHS = (70, 250, 400, 515)
+
+
+def policy() -> AttentionPolicy:
+    prefill, decode = (gate(phase, 2, RATIO, DIM, FEW, device="cuda") for phase in ("prefill", "decode"))
+    gated = HeadPolicy(prefill, decode, KeepAll())
+    pages = HeadPolicy(BlockSparse(FEW, corrects=True), BlockSparse(FEW, "bounds", above=300), KeepAll())
+    tokens = HeadPolicy(VerticalSlash(60, 40), DoubleSparsity(labels(2, DIM, "cuda"), 40), KeepAll())
+    streaming = HeadPolicy(SinkRecent(64, 128), SinkRecent(64, 128), KeepSinkRecent(64, 128))
+    sparse = ((pages, tokens), (gated, gated), (streaming, pages))
+    return AttentionPolicy("mixed", (OperatingPoint("exact", ((DENSE,) * 2,) * 3), OperatingPoint("sparse", sparse)))
+
+
+@pytest.fixture(scope="module")
+def there(checkpoint: Path) -> Model:
+    return load_tiny(ServerConfig(model=str(checkpoint), dtype="float32", device="cuda"))
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass that waits for the device fails."""
+
+    def watched(name: str) -> Any:
+        plain = getattr(Executor, name)
+
+        def run(executor: Executor, *given: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return plain(executor, *given)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return run
+
+    monkeypatch.setattr(Executor, "_forward", watched("_forward"))
+    replay = DecodeGraphs._recording
+
+    def recorded(graphs: DecodeGraphs, *key: Any) -> Any:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")  # recording may wait, replaying may not
+        try:
+            return replay(graphs, *key)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    monkeypatch.setattr(DecodeGraphs, "_recording", recorded)
+    monkeypatch.setattr(Executor, "_replay", watched("_replay"))
+
+
+def answers(checkpoint: Path, there: Model, graphs: bool) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(4, VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
+    options: dict[str, Any] = {"policy": policy(), "cuda_graphs": graphs, "device": "cuda"}
+    with running_engine(checkpoint, model=there, **options) as engine:
+        assert (engine._loop.executor.graphs is not None) is graphs
+        found = []
+        for points in (("exact",) * 4, ("sparse",) * 4, ("sparse", "exact") * 2):
+            asked = [ask(engine, p, point=at, max_tokens=40) for p, at in zip(prompts, points, strict=True)]
+            found += [answer.tokens() for answer in asked]
+        if graphs:
+            recorded = engine._loop.executor.graphs
+            assert recorded is not None and recorded._made and not recorded.broken
+    return found
+
+
+def test_recorded_steps_answer_as_others_do(checkpoint: Path, there: Model, strict: None) -> None:
+    assert answers(checkpoint, there, True) == answers(checkpoint, there, False)
