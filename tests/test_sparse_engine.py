@@ -77,3 +77,16 @@ def test_preempted(checkpoint: Path, model: Model, alone: dict[str, list[list[in
             assert answer.tokens()[:16] == alone["sparse"][1]
         assert len({tuple(answer.tokens()) for answer in asked}) == 1
         assert engine.stats().preemptions > 0
+
+
+def test_warming_up_leaves_nothing_behind(checkpoint: Path, model: Model, alone: dict[str, list[list[int]]]) -> None:
+    engine, records = make_engine(checkpoint, model=model, policy=POLICY, attention_point="sparse")
+    engine.warm_up(500)
+    engine.cache.audit()
+    assert all(pool.pages_owned == pool.pages_cached == 0 for pool in engine.cache.stats())
+    engine.start()
+    try:
+        assert ask(engine, prompts()[1]).tokens() == alone["sparse"][1]
+    finally:
+        engine.stop(0.0)
+    assert sum(step.prompt_tokens for step in records.steps) == LENGTHS[1]

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor, empty, float32
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks
-from gossamer.kernels.triton.tiles import LOG2_E, load_rows
+from gossamer.kernels.triton.tiles import LOG2_E, VARYING, load_rows
 
 PART_BYTES = 256 << 20  # logits of pages held at once
 KEYS = 64  # key groups per program: no page has more
@@ -69,7 +69,7 @@ def launch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, stride: int, *, scale: f
     return mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _page_logits(
     q_ptr, k_ptr, part_ptr, table_ptr, heads_ptr, seq_ptr, token_ptr, pos_ptr, queries_ptr,
     q_t, q_h, k_g, k_p, k_s, table_b,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
-from gossamer.kernels.triton.tiles import LN_2, add_keys, capability, factors, load_rows
+from gossamer.kernels.triton.tiles import LN_2, VARYING, add_keys, capability, factors, load_rows
 
 COLUMNS = 256  # entries of a run that are marked together
 PAGES = 64  # mean keys that are read together
@@ -64,7 +64,7 @@ def launch(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _mark(read_ptr, start_ptr, count_ptr, pages_ptr, index_g, width, COLUMNS: tl.constexpr):
     """read [G, N, width]: 1 for the pages in the run of (g, n)."""
     n, g = tl.program_id(0), tl.program_id(1)
@@ -77,7 +77,7 @@ def _mark(read_ptr, start_ptr, count_ptr, pages_ptr, index_g, width, COLUMNS: tl
         tl.store(read_ptr + page, 1, mask=entry < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _add_dropped_pages(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, read_ptr,
     table_ptr, heads_ptr, sink_ptr, window_ptr, seq_ptr, token_ptr, pos_ptr, queries_ptr,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
-from gossamer.kernels.triton.tiles import LN_2, add_keys, add_sink, factors, load_rows, programs
+from gossamer.kernels.triton.tiles import LN_2, VARYING, add_keys, add_sink, factors, load_rows, programs
 
 LEAST_PAGES = 8  # in a piece; shorter ones cost more to join than they gain
 MOST_PIECES = 64  # of a row, longer ones get longer pieces; a power of two
@@ -92,7 +92,7 @@ def _cut(pages, tokens, PAGE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.conste
     return size, (pages + size - 1) // size, (tokens + size * PAGE - 1) // (size * PAGE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _list_pieces(
     count_ptr, token_count_ptr, items_ptr, first_ptr, index_g, token_g, num, rows,
     PAGE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, TOKENS: tl.constexpr,
@@ -118,7 +118,7 @@ def _list_pieces(
         tl.store(first_ptr + rows, before + own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _attend_pieces(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr,
     table_ptr, heads_ptr, sink_ptr, window_ptr, seq_ptr, token_ptr, pos_ptr, items_ptr, first_ptr,

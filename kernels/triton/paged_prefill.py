@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
-from gossamer.kernels.triton.tiles import LN_2, add_keys, add_sink, capability, factors, load_rows
+from gossamer.kernels.triton.tiles import LN_2, VARYING, add_keys, add_sink, capability, factors, load_rows
 
 
 def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int) -> dict[str, int]:
@@ -65,7 +65,7 @@ def launch(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _paged_prefill(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr,
     table_ptr, length_ptr, heads_ptr, sink_ptr, window_ptr,

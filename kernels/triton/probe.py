@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks
 from gossamer.kernels.probe import newest_queries
-from gossamer.kernels.triton.tiles import LN_2, LOG2_E, load_rows
+from gossamer.kernels.triton.tiles import LN_2, LOG2_E, VARYING, load_rows
 
 PIECE = 16  # pages
 OFFSETS = 256  # distances that a program of the third kernel joins
@@ -60,7 +60,7 @@ def launch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, probe: int, *, scale: fl
     return columns, diagonals
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _row_lse(
     q_ptr, k_ptr, part_ptr,
     table_ptr, length_ptr, heads_ptr, sink_ptr, window_ptr, seq_ptr, token_ptr, pos_ptr, queries_ptr,
@@ -104,7 +104,7 @@ def _row_lse(
     tl.store(part_at, tl.where(total > 0, lse, -float("inf")), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _page_sums(
     q_ptr, k_ptr, lse_ptr, out_ptr, part_ptr,
     table_ptr, length_ptr, heads_ptr, sink_ptr, window_ptr, seq_ptr, token_ptr, pos_ptr, queries_ptr,
@@ -152,7 +152,7 @@ def _page_sums(
     tl.store(out_at + key, by_key / (queries * ratio).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _join_distances(
     part_ptr, out_ptr, seq_ptr, pos_ptr, queries_ptr,
     out_g, out_b, chunks, pages, ratio,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks
-from gossamer.kernels.triton.tiles import LOG2_E
+from gossamer.kernels.triton.tiles import LOG2_E, VARYING
 
 PIECE = 4096  # columns whose exponentials one program adds up
 CHUNK = 1024  # columns that one program divides
@@ -153,7 +153,7 @@ def _logits(
     return tl.where(there[None], products * scale, -float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _sum_pieces(
     lse_ptr, q_ptr, keys_ptr, channels_ptr,
     table_ptr, heads_ptr, seq_ptr, token_ptr, pos_ptr, count_ptr,
@@ -198,7 +198,7 @@ def _sum_pieces(
     tl.store(lse_ptr + place + m, lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _share_columns(
     out_ptr, sums_ptr, lse_ptr, q_ptr, keys_ptr, channels_ptr,
     table_ptr, heads_ptr, seq_ptr, token_ptr, pos_ptr, count_ptr,
@@ -255,7 +255,7 @@ def _share_columns(
     tl.store(sums_ptr + block * tiles + tile, tl.sum(mass, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _normalise(
     out_ptr, sums_ptr, pos_ptr, size, num, width, tiles,
     PAGE: tl.constexpr, PER_PAGE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,

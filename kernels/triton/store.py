@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks
+from gossamer.kernels.triton.tiles import VARYING
 
 ROWS = 16
 
@@ -20,7 +21,7 @@ def launch(k: Tensor, v: Tensor, kv: PagedKV, blocks: QueryBlocks) -> None:
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _store(
     k_ptr, v_ptr, k_pool_ptr, v_pool_ptr, table_ptr, heads_ptr, seq_ptr, token_ptr, pos_ptr, count_ptr,
     k_t, k_h, v_t, v_h, k_g, k_p, k_s, v_g, v_p, v_s, table_b,

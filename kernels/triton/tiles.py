@@ -6,6 +6,8 @@ import triton.language as tl
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
+# Arguments that differ from step to step and are no strides of vectors: no kernel is compiled again for their values.
+VARYING = ("num", "rows", "parts", "tiles", "blocks", "pieces", "chunks", "table_b", "index_g", "token_g")
 
 
 def factors(scale: float, softcap: float) -> tuple[float, float]:

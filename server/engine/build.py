@@ -114,7 +114,7 @@ def assemble(
         root=config.model,
         default_sampling=model.default_sampling if config.generation_config == "auto" else {},
     )
-    return Engine(
+    engine = Engine(
         card=card,
         tokenizer=tokenizer,
         policy=policy,
@@ -126,6 +126,10 @@ def assemble(
         token_capacity=sizing.token_capacity,
         seed=config.seed,
     )
+    if model.device.type == "cuda":
+        report("Compiling kernels")
+        engine.warm_up(min(step_tokens, longest))
+    return engine
 
 
 def _size_cache(

@@ -176,6 +176,11 @@ class Engine:
     def _point(self, request: Request) -> OperatingPoint:
         return self._policy.point(request.point or self.default_point)
 
+    def warm_up(self, tokens: int) -> None:
+        """Compute a prompt of so many tokens at the default point, before the engine starts."""
+        point = self._policy.point(self.default_point)
+        self._loop.executor.warm_up(point, self._rules(point), tokens)
+
     def _rules(self, point: OperatingPoint) -> tuple[Retention, ...]:
         """Per group of heads, what it keeps at this operating point."""
         firsts = (group.slots[0] for group in self.cache.groups)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gossamer.attention.policy import OperatingPoint
 from gossamer.attention.reads import Reads, SpanReads
 from gossamer.attention.step import Span, plan_step
 from gossamer.kernels.layout import BlockRow
 from gossamer.kvcache.cache import KVCache
+from gossamer.kvcache.retention import Retention
 from gossamer.server.engine.graphs import DecodeGraphs, Token
 from gossamer.server.engine.model import Model
 from gossamer.server.engine.request import TokenLogprob
@@ -66,6 +68,18 @@ class Executor:
             reads.attend_seconds,
             frozenset(not_finite),
         )
+
+    def warm_up(self, point: OperatingPoint, rules: Items[Retention], tokens: int) -> None:
+        """Compute a prompt of so many tokens, so that what it needs is compiled, and forget it."""
+        table = self.cache.table(rules, b"")
+        self.cache.grow(table, tokens)
+        try:
+            device, span = self.model.device, Span(0, tokens, tokens)
+            step = plan_step([span], self.cache.views([table]), [point], self.model.shape.ratio, device)
+            inputs = _to_device([[0] * tokens, _positions([span])], device)
+            self.model.forward(inputs[0], inputs[1], step, _to_device([tokens - 1], device))
+        finally:
+            self.cache.drop(table)
 
     def _forward(self, parts: Items[Part], rows: list[int]) -> tuple[Tensor, Reads, BlockRows]:
         """Logits of these token rows [len(rows), V]."""
