@@ -11,6 +11,7 @@ from torch import Tensor, empty, float32
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks
 from gossamer.kernels.triton.tiles import LOG2_E, VARYING, load_rows
+from gossamer.kernels.triton.tuned import tuned
 
 PART_BYTES = 256 << 20  # logits of pages held at once
 KEYS = 64  # key groups per program: no page has more
@@ -47,7 +48,9 @@ def launch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, stride: int, *, scale: f
     tiles: dict[int, int] = {}
     for row in blocks.rows:
         tiles[row.seq] = tiles.get(row.seq, 0) + 1
-    options = tile(dim, kv.k.element_size(), max(tiles.values()) * rows, stride)
+    item = kv.k.element_size()
+    options = tile(dim, item, max(tiles.values()) * rows, stride)
+    options = tuned("antidiagonal", options, q.device, dim=dim, bytes=item, stride=stride)
     pages = options["KEYS"] * stride // kv.page_size
     most = max(1, PART_BYTES // (4 * heads * rows * width))
     for begin in range(0, len(blocks), most):

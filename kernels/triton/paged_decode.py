@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.triton.tiles import LN_2, VARYING, add_keys, add_sink, factors, load_rows, programs
+from gossamer.kernels.triton.tuned import tuned
 
 LEAST_PAGES = 8  # in a piece; shorter ones cost more to join than they gain
 MOST_PIECES = 64  # of a row, longer ones get longer pieces; a power of two
@@ -51,7 +52,10 @@ def launch(
 ) -> None:
     """As gossamer.kernels.paged_decode.paged_decode."""
     dim, groups, size = q.shape[2], kv.heads.numel(), kv.page_size
-    options = tile(dim, kv.k.element_size(), kv.ratio)
+    item = kv.k.element_size()
+    options = tile(dim, item, kv.ratio) | {"per_sm": PER_SM}
+    options = tuned("paged_decode", options, q.device, dim=dim, bytes=item, tokens=index.tokens is not None)
+    per_sm = options.pop("per_sm")
     rows, device = len(blocks) * groups, q.device
     most = most_items(rows, kv.table.shape[1])
     items = torch.empty(most, dtype=torch.int32, device=device)
@@ -68,7 +72,7 @@ def launch(
         index.count, singles[1], items, first, *index_strides, len(blocks), rows, **cut, num_warps=4,
         enable_fp_fusion=True,  # said aloud, because Triton's default is about to change
     )  # fmt: skip
-    _attend_pieces[(programs(most, PER_SM, device),)](
+    _attend_pieces[(programs(most, per_sm, device),)](
         q, kv.k, kv.v, part, part_lse,
         kv.table, kv.heads, kv.sink, kv.window, blocks.seq, blocks.token, blocks.pos, items, first,
         index.start, index.count, index.pages, *singles,

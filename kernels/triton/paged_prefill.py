@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.triton.tiles import LN_2, VARYING, add_keys, add_sink, capability, factors, load_rows
+from gossamer.kernels.triton.tuned import tuned
 
 
 def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int) -> dict[str, int]:
@@ -45,7 +46,9 @@ def launch(
     """As gossamer.kernels.paged_prefill.paged_prefill."""
     dim, rows = q.shape[2], blocks.size * kv.ratio
     tokens = index.tokens is not None
-    options = tile(dim, kv.k.element_size(), rows, tokens=tokens, capability=capability(q.device))
+    item = kv.k.element_size()
+    options = tile(dim, item, rows, tokens=tokens, capability=capability(q.device))
+    options = tuned("paged_prefill", options, q.device, dim=dim, bytes=item, tokens=tokens)
     groups, parts = kv.heads.numel(), triton.cdiv(rows, options["M"])
     singles = (
         (index.token_start, index.token_count, index.tokens) if tokens else (index.start, index.count, index.pages)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks
 from gossamer.kernels.triton.tiles import LOG2_E, VARYING
+from gossamer.kernels.triton.tuned import tuned
 
 PIECE = 4096  # columns whose exponentials one program adds up
 CHUNK = 1024  # columns that one program divides
@@ -53,6 +54,8 @@ def mass(
     assert q.stride(-1) == keys.stride(-1) == 1
     itemsize = keys.element_size() if q.dtype == keys.dtype else 4  # where they differ, both are widened
     options = tile(dim, itemsize, blocks.size, kv.ratio, bounds=subs > 0)
+    what = {"dim": dim, "bytes": itemsize, "single": blocks.size == 1, "subs": subs, "tokens": per_page > 1}
+    options = tuned("score_pages", options, q.device, **what)
     parts = triton.cdiv(blocks.size * options["HEADS"], options["M"])
     pieces, tiles = triton.cdiv(width, PIECE), triton.cdiv(width, options["COLUMNS"])
     rows = parts * options["M"]
