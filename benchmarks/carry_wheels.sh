@@ -11,36 +11,20 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:-wheels}
 version=${PYTHON_VERSION:-3.12}
 most=$((64 * 1024)) # KiB
+# pyproject.toml's, but accelerate, numpy, safetensors and tokenizers, which come with transformers and torch
 packages=(
-    'fastapi>=0.120,<1' 'starlette>=0.46,<2' 'uvicorn>=0.35,<1' 'h11>=0.16,<1' 'orjson>=3.10,<4'
-    'prometheus-client>=0.21,<1' 'typer>=0.16,<1' 'rich>=13.9,<16' 'jinja2>=3.1.6,<4'
+    'fastapi>=0.120,<1' 'h11>=0.16,<1' 'jinja2>=3.1.6,<4' 'orjson>=3.10,<4' 'prometheus-client>=0.21,<1'
+    'pydantic>=2.11,<3' 'pyyaml>=6.0.1,<7' 'rich>=13.9,<16' 'starlette>=0.46,<2' 'typer>=0.16,<1' 'uvicorn>=0.35,<1'
     'pytest>=9,<10' 'hypothesis>=6.130,<7'
-    # what these need
-    annotated-doc annotated-types anyio click idna iniconfig markdown-it-py mdurl packaging pluggy pygments shellingham
-    sortedcontainers typing-extensions typing-inspection
 )
+platforms=()
+for glibc in 28 27 17 12 5; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
 
 rm -rf "$folder"
 mkdir -p "$folder"
-fetch() {
-    local platforms=()
-    for glibc in 28 27 17 12 5; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
-    python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$folder" \
-        --python-version "$version" --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 "$@"
-}
-fetch 'pydantic>=2.11,<3'
-# pydantic names the one version of its core that it works with
-core=$(python3 - "$folder"/pydantic-*.whl <<'PYTHON'
-import re
-import sys
-import zipfile
-
-with zipfile.ZipFile(sys.argv[1]) as wheel:
-    metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    print(re.search(r"^Requires-Dist: pydantic-core==([^\s;]+)", wheel.read(metadata).decode(), re.MULTILINE)[1])
-PYTHON
-)
-fetch "pydantic-core==$core" "${packages[@]}"
+# with what these need, of which pip finds one version each
+python3 -m pip download --quiet --disable-pip-version-check --only-binary=:all: --dest "$folder" \
+    --python-version "$version" --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 "${packages[@]}"
 
 size=$(du -sk "$folder" | cut -f1)
 printf '%s wheels, %s KiB in %s\n' "$(find "$folder" -name '*.whl' | wc -l)" "$size" "$folder"
