@@ -29,6 +29,7 @@ def start(config: ServerConfig, policy: AttentionPolicy, device: str = "cpu") ->
         dtype=config.dtype,
         device=torch.device(device),
         served_length=config.max_model_len,
+        dummy=config.load_format == "dummy",
         report=print,
     )
     engine = assemble(config, loaded, tokenizer, policy, Silent(), print)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance, write_report
 from transformers import AutoModelForCausalLM
 
+from gossamer.server.bench.provenance import provenance, write_report
 from gossamer.server.config import DEMO_MODEL, ServerConfig
 from gossamer.server.engine.build import build_engine
 from gossamer.server.engine.engine import Engine

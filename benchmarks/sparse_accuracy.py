@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from demo_engine import start
 from demo_model.evaluate import weights_digest, wilson
-from provenance import provenance, write_report
 from sparse_points import chosen_points
 
 from gossamer.attention.profiling.tasks import CHAIN, TASKS, Filler, Prompt, Question, Task, make_prompt, score
+from gossamer.server.bench.provenance import provenance, write_report
 from gossamer.server.config import DEMO_MODEL, ServerConfig
 from gossamer.server.engine.engine import Engine
 from gossamer.server.engine.request import AttentionUse, Delta, Event, Request, SamplingParams

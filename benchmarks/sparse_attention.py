@@ -11,14 +11,12 @@ went by the bytes read (keys, values, summaries). On a GPU every part waits for 
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import provenance, write_report
 from torch import Tensor, nn
 
 from gossamer.attention.attend import attend
@@ -43,32 +41,14 @@ from gossamer.kernels.store import store
 from gossamer.kvcache.cache import KVCache
 from gossamer.kvcache.groups import group_heads
 from gossamer.kvcache.retention import KeepAll
-from gossamer.kvcache.summaries import GateKeys, Labels, MeanKeys, MeanValues, Rotary
+from gossamer.kvcache.summaries import GateKeys, MeanKeys, MeanValues, Rotary
 from gossamer.kvcache.table import PageTable
+from gossamer.server.bench.ceilings import read_bandwidth
+from gossamer.server.bench.clock import now
+from gossamer.server.bench.layer import Shape
+from gossamer.server.bench.provenance import provenance, write_report
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A layer's attention, and how many prompt tokens a step has."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    device: str
-    chunk: int
-
-    @property
-    def ratio(self) -> int:
-        return self.query_heads // self.kv_heads
-
-    @property
-    def scale(self) -> float:
-        return float(self.head_dim**-0.5)
-
-    def noise(self, tokens: int, heads: int) -> Tensor:
-        """[tokens, heads, D]"""
-        return torch.randn(tokens, heads, self.head_dim, dtype=self.dtype, device=self.device)
+CHUNK = {"cpu": 2048, "cuda": 8192}  # prompt tokens of a step
 
 
 @dataclass
@@ -100,12 +80,6 @@ def gate(shape: Shape, phase: str, budget: Budget) -> LearnedGate:
     return LearnedGate(keys, budget, query, None, phase)
 
 
-def labels(shape: Shape) -> Labels:
-    """A quarter of the channels of each head."""
-    channels = torch.stack([torch.randperm(shape.head_dim)[: shape.head_dim // 4] for _ in range(shape.kv_heads)]).int()
-    return Labels("noise", tuple(map(tuple, channels.tolist())), channels.to(shape.device))
-
-
 def prefill_backends(shape: Shape, share: float, length: int) -> dict[str, Selector]:
     """Every backend for prompts, set to read about `share` of the keys; a diagonal crosses two pages of a block."""
     budget, few = Budget("share", share), int(length * share / 2)
@@ -130,16 +104,9 @@ def decode_backends(shape: Shape, tokens: int) -> dict[str, Selector]:
         "sink-recent": SinkRecent(64, tokens - 64),
         "block-sparse mean": BlockSparse(budget),
         "block-sparse bounds": BlockSparse(budget, "bounds"),
-        "double-sparsity": DoubleSparsity(labels(shape), tokens),
+        "double-sparsity": DoubleSparsity(shape.labels(), tokens),
         "learned-gate": gate(shape, "decode", budget),
     }
-
-
-def sync(shape: Shape) -> float:
-    """The time, when the device has done what it was given."""
-    if shape.device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def points(shape: Shape, selectors: Sequence[Selector]) -> list[OperatingPoint]:
@@ -185,9 +152,9 @@ class Race:
         for name, selector in self.selectors.items():
             for summary in selector.summaries if step.filled is not None else ():
                 if summary.name not in spent:
-                    began = sync(self.shape)
+                    began = now(self.shape.device)
                     summary.write(kv, step.filled)  # type: ignore[arg-type]
-                    spent[summary.name] = sync(self.shape) - began
+                    spent[summary.name] = now(self.shape.device) - began
                 self.times[name].select[-1] += spent[summary.name]
 
     def run(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, skip: frozenset[str] = frozenset()) -> None:
@@ -199,14 +166,14 @@ class Race:
         for name, selector in self.selectors.items():
             if name in skip:
                 continue
-            times, began = self.times[name], sync(self.shape)
+            times, began = self.times[name], now(self.shape.device)
             index = build_index(selector.propose(q, kv, blocks, scale), kv, blocks)
-            chosen = sync(self.shape)
+            chosen = now(self.shape.device)
             kernel(q, kv, blocks, index, out, lse, scale=scale)
             if selector.corrects:
                 means = (kv.summaries[each.name] for each in (MeanKeys(), MeanValues()))
                 add_dropped_pages(q, kv, blocks, index, out, lse, *means, scale=scale)
-            done = sync(self.shape)
+            done = now(self.shape.device)
             times.select[-1] += chosen - began
             times.given[-1] += done - chosen
             times.read += pages_read(index, blocks)
@@ -232,8 +199,8 @@ def prefill(shape: Shape, length: int, share: float, rounds: int) -> list[dict[s
             race.times.clear()  # the first round warms up
         race.begin()
         cache, (table,) = cache_for(shape, policy, [length])
-        for first in range(0, length, shape.chunk):
-            new = min(shape.chunk, length - first)
+        for first in range(0, length, CHUNK[shape.device]):
+            new = min(CHUNK[shape.device], length - first)
             cache.grow(table, new)
             step = plan_step(
                 [Span(first, new, length)], cache.views([table]), policy.points[:1], shape.ratio, shape.device
@@ -244,7 +211,7 @@ def prefill(shape: Shape, length: int, share: float, rounds: int) -> list[dict[s
             store(k, v, kv, step.prefill)
             race.write(kv, step)
             race.run(q, kv, step.prefill)
-            if number == 0 and first >= 2 * shape.chunk:
+            if number == 0 and first >= 2 * CHUNK[shape.device]:
                 break
         cache.drop(table)
     return [{"what": "prefill", "length": length, "backend": name, **summary(race, name)} for name in race.selectors]
@@ -296,7 +263,7 @@ def decode(shape: Shape, length: int, batch: int, tokens: int, rounds: int) -> l
     for _ in range(rounds):
         race.begin()
         race.run(q, kv, step.decode)
-    bandwidth = read_bandwidth(shape)
+    bandwidth = read_bandwidth(shape.device)
     sizes: dict[str, int] = {}
     results = []
     for name, selector in race.selectors.items():
@@ -312,19 +279,6 @@ def decode(shape: Shape, length: int, batch: int, tokens: int, rounds: int) -> l
         }
         results.append({"what": "decode", "length": length, "batch": batch, "backend": name, **own, **limit})
     return results
-
-
-def read_bandwidth(shape: Shape) -> float:
-    """Bytes per second at which this device reads a large tensor, the best of several."""
-    data = torch.ones(2**28 if shape.device == "cpu" else 2**31, dtype=torch.uint8, device=shape.device).view(
-        torch.float32
-    )
-    times = []
-    for _ in range(7):
-        began = sync(shape)
-        data.sum()
-        times.append(sync(shape) - began)
-    return data.numel() * data.element_size() / min(times)
 
 
 def short(shape: Shape, length: int, rounds: int) -> list[dict[str, Any]]:
@@ -347,14 +301,14 @@ def attend_seconds(shape: Shape, policy: AttentionPolicy, length: int) -> float:
     module = nn.Module()
     module.layer_idx = 0  # type: ignore[assignment]
     spent = 0.0
-    for first in range(0, length, shape.chunk):
-        new = min(shape.chunk, length - first)
+    for first in range(0, length, CHUNK[shape.device]):
+        new = min(CHUNK[shape.device], length - first)
         cache.grow(table, new)
         q, k, v = (shape.noise(new, heads) for heads in (shape.query_heads, shape.kv_heads, shape.kv_heads))
-        began = sync(shape)
+        began = now(shape.device)
         step = plan_step([Span(first, new, length)], cache.views([table]), policy.points[:1], shape.ratio, shape.device)
         attend(module, *(x.transpose(0, 1)[None] for x in (q, k, v)), None, step=step, scaling=shape.scale)
-        spent += sync(shape) - began
+        spent += now(shape.device) - began
     cache.drop(table)
     return spent
 
@@ -374,7 +328,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query_heads, kv_heads, dim = options.heads
-    shape = Shape(query_heads, kv_heads, dim, torch.bfloat16, device, 2048 if device == "cpu" else 8192)
+    shape = Shape(query_heads, kv_heads, dim, torch.bfloat16, device)
     runs: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "prefill": lambda: [
             line for length in options.lengths for line in prefill(shape, length, options.share, options.rounds)

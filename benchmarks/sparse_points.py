@@ -1,6 +1,6 @@
 """The operating points that benchmarks compare: those of policy files, and each backend alone under many budgets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,31 @@ def sweep(name: str) -> dict[str, PolicyFile]:
         )
         for backend, own in points.items()
     }
+
+
+def shaped_points(shape: Mapping[str, Any], share: float, tokens: int) -> AttentionPolicy:
+    """For a model without weights: "dense", and "sparse", which reads as much whatever the weights are."""
+    block = {"backend": "block-sparse"}
+    sparse = {
+        "prefill": {**block, "budget": {"share": share, "recent": 128}},
+        "decode": {**block, "budget": {"tokens": tokens, "recent": 128}},
+    }
+    model = {
+        "layers": shape["num_hidden_layers"],
+        "kv_heads": shape["num_key_value_heads"],
+        "query_heads": shape["num_attention_heads"],
+        "head_dim": shape["head_dim"],
+    }
+    file = PolicyFile.model_validate(
+        {
+            "gossamer_policy": 1,
+            "name": "shaped",
+            "model": model,
+            "provenance": {"source": "written by hand"},
+            "points": {"dense": {}, "sparse": {"default": sparse}},
+        }
+    )
+    return file.policy(Artefacts(POLICIES))
 
 
 def chosen_points(asked: Sequence[str], name: str) -> AttentionPolicy:

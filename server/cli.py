@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from gossamer import __version__
+from gossamer.server.bench_commands import bench
 from gossamer.server.config import ConfigError, ServerConfig, default_text, flag_of, kind_of, make_config
 from gossamer.server.exits import fail
 from gossamer.server.policy_commands import policy
@@ -116,3 +117,4 @@ def _metavar(spec: "dataclasses.Field[Any]", kind: type) -> str:
 
 app.command("serve")(_with_flags(serve))
 app.add_typer(policy)
+app.add_typer(bench)

@@ -1,0 +1,1 @@
+"""What `gossamer bench` and the scripts in benchmarks/ measure with."""

@@ -1,0 +1,36 @@
+"""torch's own attention, which finds keys and values side by side already."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """q [B, H, T, D], k and v [B, G, length, D]"""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+
+def torchs(call: Callable[[], Tensor], device: str, refused: Callable[[str], None]) -> dict[str, Callable[[], Tensor]]:
+    """The call under each of torch's back ends that takes it; on a CPU torch chooses. `refused` hears of the others."""
+    if device == "cpu":
+        return {"torch": call}
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for name, backend in BACKENDS.items():
+
+        def run(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return call()
+
+        try:
+            run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as reason:
+            refused(f"{name} does not take it: {str(reason).splitlines()[0]}")
+        else:
+            calls[name] = run
+    return calls
