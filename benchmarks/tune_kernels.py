@@ -1,10 +1,10 @@
 """Finds the fastest tiles of the kernels on this GPU, and writes them where the kernels look for them.
 
-    python benchmarks/tune_kernels.py [--heads 32 8 128] [--length 32768] [--minutes 8] [--into configs/kernels]
+    python benchmarks/tune_kernels.py [--heads 32 8 128] [--length 32768] [--minutes 7] [--out FILE]
 
 For each kernel and case: the kernel's own tile against others, each timed alone by device events, the fastest three
-again in turn. One is written down when it is at least 2 % faster and gives the same answer. A case that a file has already is
-not tuned again, so that a run that was cut short goes on where it ended.
+again in turn. One is written down when it is at least 2 % faster and gives the same answer. A case that the
+file has already is not tuned again, so that a run that was cut short goes on where it ended.
 """
 
 import argparse
@@ -13,28 +13,29 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from provenance import provenance
-from sparse_attention import Shape, cache_for, points
 from torch import Tensor
 
 from gossamer.attention.index import build_index
-from gossamer.attention.policy import AttentionPolicy
-from gossamer.attention.selectors import BlockSparse, Budget, Dense, DoubleSparsity, Selector, VerticalSlash
-from gossamer.attention.step import Span, plan_step
+from gossamer.attention.selectors.base import Proposal
+from gossamer.attention.selectors.budget import Budget
 from gossamer.kernels.antidiagonal import antidiagonal_mass
-from gossamer.kernels.layout import PagedKV, QueryBlocks
+from gossamer.kernels.layout import QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.kernels.score_pages import bound_mass, page_mass
 from gossamer.kernels.score_tokens import label_mass
 from gossamer.kernels.triton import tuned
-from gossamer.kvcache.summaries import Labels
+from gossamer.kvcache.summaries import KeyBounds
+from gossamer.server.bench.clock import race
+from gossamer.server.bench.layer import Layer, Shape
+from gossamer.server.bench.provenance import provenance, write_report
 
 LEAST_GAIN = 1.02
 ROUNDS = 9
@@ -98,19 +99,8 @@ def using(tiles: Mapping[str, Options]) -> Any:
 
 
 def device_seconds(run: Callable[[], Tensor]) -> float:
-    """Median of several, by events on the device, on a cache that holds something else."""
-    room = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    run()
-    times = []
-    for _ in range(ROUNDS):
-        room.zero_()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    """Median of several."""
+    return statistics.median(race({"": run}, ROUNDS, "cuda", warm_up=1)[""])
 
 
 def noted(run: Callable[[], Tensor]) -> Iterator[Case]:
@@ -136,61 +126,42 @@ def noted(run: Callable[[], Tensor]) -> Iterator[Case]:
 
 
 def cases(shape: Shape, length: int, batch: int) -> Iterator[Case]:
-    """Prompts of `length`, and a token of each of `batch` sequences of that length."""
-    channels = torch.arange(16, device=shape.device).repeat(shape.kv_heads, 1).int()
-    labels = Labels("noise", tuple(map(tuple, channels.tolist())), channels)
-    selectors: list[Selector] = [BlockSparse(Budget("share", 0.1)), BlockSparse(Budget("share", 0.1), "bounds")]
-    few = length // 20
-    prefill: list[Selector] = [Dense(), selectors[0], VerticalSlash(few, few // 64)]
-    decode: list[Selector] = [Dense(), selectors[0], DoubleSparsity(labels, 2048)]
-    policy = AttentionPolicy("tuning", tuple(points(shape, [*selectors, *prefill, *decode])))
-    cache, tables = cache_for(shape, policy, [length] * batch)
-    for table in tables:
-        cache.grow(table, length)
-    for pool in cache.pools:
-        for memory in (pool.k, pool.v, *pool.summaries.values()):
-            memory.normal_()
-    new = min(shape.chunk, length)
-    for spans, chosen, kernel in (
-        ([Span(length - new, new, length)], prefill, paged_prefill),
-        ([Span(length - 1, 1, 0)] * batch, decode, paged_decode),
-    ):
-        step = plan_step(
-            spans, cache.views(tables[: len(spans)]), policy.points[:1] * len(spans), shape.ratio, shape.device
-        )
-        (kv,), (blocks,) = step.views.layer(0), step.blocks
-        q = shape.noise(sum(span.new for span in spans), shape.query_heads)
-        for selector in chosen:
-            yield from noted(_attention(kernel, selector, q, kv, blocks, shape.scale))
-        for score in _scores(q, kv, blocks, labels, shape.scale):
-            yield from noted(score)
+    """A prompt of `length`, and a token of each of `batch` sequences of that length."""
+    for layer in (Layer(shape, 1, length), Layer(shape, batch, length)):
+        blocks = layer.prompts() if layer.batch == 1 else layer.newest()
+        q = layer.queries(blocks)
+        for call in (*_attention(layer, q, blocks), *_scores(layer, q, blocks)):
+            yield from noted(call)
 
 
-def _attention(
-    kernel: Callable[..., None], selector: Selector, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float
-) -> Callable[[], Tensor]:
-    index = build_index(selector.propose(q, kv, blocks, scale), kv, blocks)
+def _attention(layer: Layer, q: Tensor, blocks: QueryBlocks) -> Iterator[Callable[[], Tensor]]:
+    """Dense, a tenth of the pages, and a tenth of them beside as many single tokens."""
+    kernel = paged_decode if blocks.size == 1 else paged_prefill
+    mask, pages = layer.sparse(blocks, layer.masses(blocks), Budget("share", 0.1))
+    few = torch.randint(layer.length, (*mask.shape[:2], layer.length // 10), device=q.device)
+    tokens = build_index(Proposal(mask, few.sort(-1).values.int()), layer.kv, blocks)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
-    def run() -> Tensor:
-        kernel(q, kv, blocks, index, out, lse, scale=scale)
+    def run(index: SparseIndex) -> Tensor:
+        kernel(q, layer.kv, blocks, index, out, lse, scale=layer.shape.scale)
         return out.clone()
 
-    return run
+    for index in (layer.dense(blocks), pages, tokens):
+        yield partial(run, index)
 
 
-def _scores(
-    q: Tensor, kv: PagedKV, blocks: QueryBlocks, labels: Labels, scale: float
-) -> Iterator[Callable[[], Tensor]]:
-    means, bounds = kv.summaries["mean keys"], next(t for name, t in kv.summaries.items() if name.startswith("bounds"))
-    yield lambda: page_mass(q, kv, blocks, means, scale=scale)
-    yield lambda: bound_mass(q, kv, blocks, bounds, scale=scale)
+def _scores(layer: Layer, q: Tensor, blocks: QueryBlocks) -> Iterator[Callable[[], Tensor]]:
+    kv, scale, stretches = layer.kv, layer.shape.scale, KeyBounds()
+    keys = kv.k.unflatten(2, (-1, stretches.tokens))
+    yield partial(page_mass, q, kv, blocks, kv.k.mean(2), scale=scale)
+    yield partial(bound_mass, q, kv, blocks, torch.stack((keys.amin(3), keys.amax(3)), 3), scale=scale)
     if blocks.size == 1:
-        table = kv.summaries[labels.name]
-        yield lambda: label_mass(q, kv, blocks, table, labels.of(kv), scale=scale)
+        channels = layer.shape.labels().on_device
+        labels = kv.k.gather(3, channels.long()[:, None, None].expand(-1, *kv.k.shape[1:3], -1))
+        yield partial(label_mass, q, kv, blocks, labels, channels, scale=scale)
     else:
         for stride in (8, 16):
-            yield lambda stride=stride: antidiagonal_mass(q, kv, blocks, stride, scale=scale)  # type: ignore[misc]
+            yield partial(antidiagonal_mass, q, kv, blocks, stride, scale=scale)
 
 
 def main() -> None:
@@ -198,18 +169,20 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs=3, default=[32, 8, 128], help="query heads, KV heads, head size")
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--batch", type=int, default=16, help="sequences that generate")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no new case is begun")
-    parser.add_argument("--into", type=Path, default=Path(__file__).parent.parent / "configs" / "kernels")
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which no new case is begun")
+    parser.add_argument("--out", type=Path, help="instead of the file in configs/kernels, which is gone on from")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("Tiles are tuned on a GPU, and torch sees none here.")
     torch.manual_seed(0)
     query_heads, kv_heads, dim = options.heads
-    shape = Shape(query_heads, kv_heads, dim, torch.bfloat16, "cuda", 8192)
-    file = options.into / tuned.file_name(torch.cuda.get_device_name())
+    shape = Shape(query_heads, kv_heads, dim, torch.bfloat16, "cuda")
+    known = Path(__file__).parent.parent / "configs" / "kernels" / tuned.file_name(torch.cuda.get_device_name())
     found: dict[str, Any] = {"tiles": {}, "gains": {}}
-    if file.is_file():
-        found = json.loads(file.read_text("utf-8"))
+    if known.is_file():
+        found = json.loads(known.read_text("utf-8"))
+    file = options.out or known
+    file.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with torch.inference_mode():
         for case in cases(shape, options.length, options.batch):
@@ -225,8 +198,7 @@ def main() -> None:
             print(
                 case.name, "keeps its own tile" if best is None else f"{best[1]} times faster by {best[0]}", flush=True
             )
-            options.into.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(provenance() | found, indent=1) + "\n", encoding="utf-8")
+            write_report(file, found | provenance())
 
 
 if __name__ == "__main__":

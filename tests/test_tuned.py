@@ -1,0 +1,109 @@
+"""Tiles that were measured on a device, where the kernels look for them, and the script that measures."""
+
+import json
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from gossamer.kernels.triton import paged_decode, tuned  # noqa: E402
+from gossamer.server.bench.layer import Layer, Shape  # noqa: E402
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, int]]:
+    """What the file of this device holds."""
+    tiles: dict[str, dict[str, int]] = {}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test 9000")
+    monkeypatch.setattr(tuned, "tiles_of", lambda device: tiles if device == "NVIDIA Test 9000" else {})
+    return tiles
+
+
+def test_what_was_measured_wins(known: dict[str, dict[str, int]]) -> None:
+    own = {"M": 64, "num_warps": 4}
+    assert tuned.tuned("some", own, CUDA, dim=128, tokens=True) == own
+    known["some dim=128 tokens=1"] = {"num_warps": 8}
+    assert tuned.tuned("some", own, CUDA, dim=128, tokens=True) == {"M": 64, "num_warps": 8}
+    assert tuned.tuned("some", own, CUDA, dim=64, tokens=True) == own
+    assert tuned.tuned("some", own, torch.device("cpu"), dim=128, tokens=True) == own
+
+
+def test_a_call_with_few_rows_keeps_its_tile(known: dict[str, dict[str, int]]) -> None:
+    known["some"] = {"M": 64, "num_warps": 8}
+    assert tuned.tuned("some", {"M": 32, "num_warps": 4}, CUDA) == {"M": 32, "num_warps": 4}
+    assert tuned.tuned("some", {"M": 128, "num_warps": 4}, CUDA) == {"M": 64, "num_warps": 8}
+
+
+def test_files_are_named_by_their_device() -> None:
+    assert tuned.file_name("NVIDIA H200") == "nvidia-h200.json"
+    assert tuned.file_name("NVIDIA A100-SXM4-80GB") == "nvidia-a100-sxm4-80gb.json"
+    assert tuned.tiles_of("a device that nobody has") == {}
+
+
+def test_shipped_files_name_options_that_kernels_have() -> None:
+    folder = files("gossamer") / "configs" / "kernels"
+    for file in folder.iterdir() if folder.is_dir() else ():
+        found = json.loads(file.read_text("utf-8"))
+        assert found["device"] and file.name == tuned.file_name(found["device"])
+        for name, options in found["tiles"].items():
+            assert name.split()[0] in ("paged_prefill", "paged_decode", "score_pages", "antidiagonal"), name
+            assert set(options) <= {"M", "COLUMNS", "num_warps", "num_stages", "per_sm"}, name
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import tune_kernels
+
+    return tune_kernels
+
+
+def test_every_kernel_that_has_tiles_is_tuned(script, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("triton.runtime.jit.JITFunction.run", lambda *args, **options: None)
+    shape = Shape(4, 2, 32, torch.float16, "cpu")
+    with torch.inference_mode():
+        indices = [list(script._attention(layer, q, blocks)) for layer, q, blocks in layers(shape)]
+        monkeypatch.setattr(script, "_attention", lambda *layer: indices.pop(0))
+        monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: True))
+        names = [case.name for case in script.cases(shape, 512, 3)]
+    kinds = ["paged_prefill"] * 3 + ["score_pages"] * 2 + ["antidiagonal"] * 2
+    assert [name.split()[0] for name in names] == kinds + ["paged_decode"] * 3 + ["score_pages"] * 3
+    assert "paged_decode dim=32 bytes=2 tokens=1" in names and "antidiagonal dim=32 bytes=2 stride=8" in names
+
+
+def layers(shape: Shape):  # type: ignore[no-untyped-def]
+    for layer in (Layer(shape, 1, 512), Layer(shape, 3, 512)):
+        blocks = layer.prompts() if layer.batch == 1 else layer.newest()
+        yield layer, layer.queries(blocks), blocks
+
+
+def test_the_fastest_tile_that_is_right_is_taken(script, known: dict[str, dict[str, int]]) -> None:  # type: ignore[no-untyped-def]
+    own = {"M": 64, "num_warps": 4, "num_stages": 3}
+
+    def options() -> dict[str, int]:
+        return tuned.tuned("some", own, CUDA, dim=64)
+
+    def run() -> Tensor:
+        if options()["num_warps"] == 8 and options()["M"] == 32:
+            raise RuntimeError("out of resource: shared memory")
+        return torch.full((3,), 1.0 if options()["num_stages"] != 6 else 2.0)
+
+    def seconds(run: Callable[[], Tensor]) -> float:
+        run()
+        return {1: 5.0, 2: 0.5, 6: 0.1}.get(options()["num_stages"], 1.0) + 0.1 * (options()["M"] != 64)
+
+    found = script.tune(script.Case("some dim=64", own, run), seconds)
+    assert found is not None and found[0]["num_stages"] == 2 and found[0]["M"] == 64 and found[1] == 2.0
+    assert script.tune(script.Case("some dim=64", own, run), lambda run: 1.0) is None
+
+
+def test_decode_takes_its_programs_from_the_file(known: dict[str, dict[str, int]]) -> None:
+    own = paged_decode.tile(128, 2, 4)
+    assert "per_sm" not in own and paged_decode.PER_SM > 0
