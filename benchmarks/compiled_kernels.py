@@ -54,12 +54,12 @@ class Code(NamedTuple):
     local: int
 
 
-def compile_all(wanted: Iterable[Launch], jobs: int) -> Iterator[tuple[str, Code]]:
-    """The name and code of each, in their order, by that many processes."""
+def compile_all(wanted: Iterable[Launch], jobs: int | None = None) -> Iterator[Code]:
+    """Each one's code, by that many processes; None: one for each core that there is for us."""
     # Not forked: the parent may have threads, torch's among them.
+    jobs = jobs or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        wanted = list(wanted)
-        yield from zip((launch.name for launch in wanted), pool.map(compiled, wanted, chunksize=4), strict=True)
+        yield from pool.map(compiled, wanted, chunksize=4)
 
 
 def compiled(launch: Launch) -> Code:
@@ -93,10 +93,10 @@ def disassembled(cubin: bytes) -> tuple[dict[str, int], str]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}, text
 
 
-def faults(capability: int, code: Code) -> list[str]:
-    """Why such a GPU would run this slowly, or not at all."""
+def faults(capability: int, code: Code, spilled: int = 0) -> list[str]:
+    """Why such a GPU would run this slowly, or not at all. `spilled` bytes of stack are no fault."""
     found = []
-    if code.stack or code.local:
+    if code.stack > spilled or (code.local and not code.stack):
         found.append(f"spills: {code.stack} bytes of stack, {code.local} instructions")
     if code.shared > SHARED_BYTES[capability]:
         found.append(f"{code.shared} bytes of shared memory, of {SHARED_BYTES[capability]}")
@@ -123,21 +123,21 @@ def main() -> None:
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--only", default="", help="launches whose name contains this")
     one.add_argument("--json", type=Path)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, help="processes; otherwise as many as cores")
     options = parser.parse_args()
-    began = time.perf_counter()
+    began, about = time.perf_counter(), provenance()
     wanted = [launch for launch in record(cases()) if options.only in launch.name]
     width = max(len(launch.name) for launch in wanted)
     columns = [max(len(name), 6) for name in Code._fields]
     print(" " * width, *(name.rjust(size) for name, size in zip(Code._fields, columns, strict=True)))
     codes = {}
-    for launch, (name, code) in zip(wanted, compile_all(wanted, options.jobs), strict=True):
-        codes[name] = code
+    for launch, code in zip(wanted, compile_all(wanted, options.jobs), strict=True):
+        codes[launch.name] = code
         numbers = (str(value).rjust(size) for value, size in zip(code, columns, strict=True))
-        print(name.ljust(width), *numbers, *faults(launch.capability, code), flush=True)
+        print(launch.name.ljust(width), *numbers, *faults(launch.capability, code), flush=True)
     print(f"{len(codes)} launches in {time.perf_counter() - began:.0f} s")
     if options.json is not None:
-        write(options.json, provenance(), codes)
+        write(options.json, about, codes)
 
 
 if __name__ == "__main__":

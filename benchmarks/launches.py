@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
-import gossamer.kernels.triton as PACKAGE
+from gossamer.kernels import triton as forms
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -45,7 +45,7 @@ class Launch:
     @property
     def function(self) -> JITFunction[Any]:
         module, _, name = self.kernel.partition(".")
-        found = getattr(importlib.import_module(f"{PACKAGE.__name__}.{module}"), name)
+        found = getattr(importlib.import_module(f"{forms.__name__}.{module}"), name)
         assert isinstance(found, JITFunction)
         return found
 
@@ -56,7 +56,7 @@ class Launch:
         return {names[path[0]]: value for path, value in zip(held["constant_keys"], held["constant_vals"], strict=True)}
 
     def compile(self) -> CompiledKernel:
-        with _pretended_gpu(self.capability):
+        with _pretended_gpu(self.capability, -self.capability):
             return self.function.preload(self.specialization)
 
 
@@ -68,6 +68,7 @@ def record(cases: Iterable[Case], targets: Iterable[int] = TARGETS) -> list[Laun
             module = kernel.__module__.rpartition(".")[2]
             launch = Launch(f"{module}.{kernel.__name__}", case.variant, capability, specialization)
             found.setdefault((capability, specialization), launch)
+    assert len({launch.name for launch in found.values()}) == len(found), "two launches have one name"
     return list(found.values())
 
 
@@ -79,10 +80,10 @@ def _launched(call: Callable[[], object], capability: int) -> list[tuple[JITFunc
         found.append((fn.jit_function, compile["specialization_data"]))
         return True  # do not compile, and so do not run
 
-    # Of Triton this needs what its own tests for loading kernels ahead of time use, alike from 3.6 to 3.9: the hook
-    # before compilation with its specialisation data, JITFunction.preload, which compiles that, and set_active.
+    # Of Triton this needs what it offers for compiling kernels ahead of their use, alike from 3.6 to 3.9: the hook
+    # before compilation with its specialisation data, JITFunction.preload, which compiles that, and driver.set_active.
     with ExitStack() as stack:
-        stack.enter_context(_pretended_gpu(capability))
+        stack.enter_context(_pretended_gpu(capability, capability))
         stack.enter_context(_patched_tiles(capability))
         stack.enter_context(knobs.runtime.scope())
         knobs.runtime.jit_cache_hook = note
@@ -91,14 +92,13 @@ def _launched(call: Callable[[], object], capability: int) -> list[tuple[JITFunc
 
 
 class _PretendedDriver:
-    """What Triton asks its driver before it compiles. A device's number is its capability, because Triton keeps what
-    it knows of a kernel by device."""
+    """What Triton asks its driver before it compiles."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    def __init__(self, capability: int, number: int) -> None:
+        self.capability, self.number = capability, number
 
     def get_current_device(self) -> int:
-        return self.capability
+        return self.number
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -108,9 +108,9 @@ class _PretendedDriver:
 
 
 @contextmanager
-def _pretended_gpu(capability: int) -> Iterator[None]:
-    """Within, Triton believes in one such GPU."""
-    driver.set_active(_PretendedDriver(capability))
+def _pretended_gpu(capability: int, number: int) -> Iterator[None]:
+    """Within, Triton believes in one such GPU. It keeps what it compiled by the device's number, and would run that."""
+    driver.set_active(_PretendedDriver(capability, number))
     try:
         yield
     finally:
@@ -132,9 +132,7 @@ def _patched_tiles(capability: int) -> Iterator[None]:
 
 def _modules() -> list[ModuleType]:
     """Those of kernels/triton/."""
-    return [
-        importlib.import_module(f"{PACKAGE.__name__}.{found.name}") for found in pkgutil.iter_modules(PACKAGE.__path__)
-    ]
+    return [importlib.import_module(f"{forms.__name__}.{found.name}") for found in pkgutil.iter_modules(forms.__path__)]
 
 
 def kernels() -> set[str]:
