@@ -1,5 +1,5 @@
-"""Inputs for the ops that score past pages and tokens, what must come out (in float64, one query of one head after the
-other, straight from the definition), and how their Triton kernels compile."""
+"""Inputs for the ops that score past pages and tokens, and what must come out: in float64, one query of one head after
+the other, straight from the definition."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,31 +129,3 @@ def check_mass(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None
     assert found.dtype == torch.float32 and found.shape == expected.shape
     torch.testing.assert_close(found.double().cpu(), expected, atol=tolerance, rtol=tolerance)
     assert ((found > 0).cpu() <= (expected > 0)).all(), "something that is not past has mass"
-
-
-POINTERS = {"lse": "fp32", "out": "fp32", "sums": "fp32", "q": None, "keys": None}  # None: the call's type; else i32
-
-
-def compiled_mass(kernel, capability: int, dtype: str, options: dict[str, object]):  # type: ignore[no-untyped-def]
-    """The kernel for one GPU, as `launch` would have it compiled: strides and addresses are multiples of 16."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    compiler = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
-    constants = {name: options[name] for name in kernel.arg_names if name in options}
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        bare = name.removesuffix("_ptr")
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name != bare:
-            signature[name] = f"*{POINTERS.get(bare, 'i32') or dtype}"
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-        if name != bare or name in ("q_t", "q_h", "k_g", "k_p", "k_s", "k_c", "k_e"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options=compiler | {"enable_fp_fusion": True}
-    )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from kernel_cases import Case, make_case
-from kernel_checks import compiled, run_interpreted
+from kernel_checks import run_interpreted
 from torch import Tensor
 
 from gossamer.kernels import antidiagonal
@@ -137,39 +137,6 @@ def test_no_blocks() -> None:
 
 def test_equal_under_the_interpreter() -> None:
     run_interpreted("kernels_interpreted_antidiagonal.py")
-
-
-# Capability, head size, stride, query heads per KV head. Each takes seconds.
-COMPILED = [(80, 128, 16, 4), (90, 64, 16, 2), (90, 128, 16, 4), (90, 128, 8, 16), (100, 96, 16, 4)]
-
-
-@pytest.mark.parametrize(("capability", "dim", "stride", "ratio"), COMPILED)
-def test_compiles(capability: int, dim: int, stride: int, ratio: int) -> None:
-    pytest.importorskip("triton")
-    from test_kernels_compile import hold
-
-    from gossamer.kernels.triton import antidiagonal as kernels
-
-    types = {"q": "bf16", "k": "bf16", "part": "fp32", "out": "fp32"}
-    for rows in (8, 64, 4096):
-        options = kernels.tile(dim, 2, rows, stride) | {"PAGE": 64, "DIM": dim, "STRIDE": stride}
-        kernel = compiled(kernels._page_logits, capability, types, options)
-        hold(kernel, capability)
-        if capability == 90 and rows > 64:
-            assert "wgmma.mma_async" in kernel.asm["ptx"]
-    groups = 128 // ratio // stride or 1
-    options = kernels.mass_tile(groups, ratio) | {"PAGE": 64, "STRIDE": stride}
-    hold(compiled(kernels._mass, capability, types, options), capability)
-
-
-def test_compiles_in_float32() -> None:
-    pytest.importorskip("triton")
-    from test_kernels_compile import hold
-
-    from gossamer.kernels.triton import antidiagonal as kernels
-
-    options = kernels.tile(128, 4, 4096, 16) | {"PAGE": 64, "DIM": 128, "STRIDE": 16}
-    hold(compiled(kernels._page_logits, 90, {"q": "fp32", "k": "fp32", "part": "fp32"}, options), 90)
 
 
 @pytest.mark.gpu

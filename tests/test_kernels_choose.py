@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_checks import compiled, run_interpreted
+from kernel_checks import run_interpreted
 from torch import Tensor
 
 from gossamer.kernels.choose import choose_count, choose_count_torch, choose_mass, choose_mass_torch, choose_tokens
@@ -149,19 +149,6 @@ def test_the_smallest_floats_count_as_any_other() -> None:
 
 def test_triton_under_the_interpreter() -> None:
     run_interpreted("choose_interpreted.py")
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("shares", "width"), [(False, 100), (False, 16384), (True, 1500), (True, 16384)])
-def test_triton_compiles(capability: int, shares: bool, width: int) -> None:
-    pytest.importorskip("triton")
-    from test_kernels_compile import hold
-
-    from gossamer.kernels.triton import choose
-
-    pointers = {"mass": "fp32", "goal": "fp64" if shares else "i32", "mask": "u8"}
-    options = choose.shape(width) | {"SHARES": shares}
-    hold(compiled(choose._choose_rows, capability, pointers, options), capability)
 
 
 @pytest.mark.gpu

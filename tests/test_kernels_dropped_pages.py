@@ -4,7 +4,7 @@ import pytest
 import torch
 from dropped_cases import attended, corrected, dropped_pages, page_means
 from kernel_cases import TOLERANCE, Case, make_case
-from kernel_checks import compiled, run_interpreted
+from kernel_checks import run_interpreted
 
 from gossamer.kernels import dropped_pages as dropped_module
 from gossamer.kernels.dropped_pages import add_dropped_pages
@@ -142,31 +142,6 @@ def test_no_blocks() -> None:
 
 def test_equal_under_the_interpreter() -> None:
     run_interpreted("kernels_interpreted_dropped_pages.py")
-
-
-# Capability, head size, type, softcap. Each takes seconds.
-COMPILED = [
-    *((80, 128, "bf16", False), (90, 64, "bf16", False), (90, 128, "bf16", True), (90, 256, "bf16", False)),
-    *((100, 96, "bf16", True), (100, 128, "bf16", False), (90, 128, "fp32", False)),
-]
-
-
-@pytest.mark.parametrize(("capability", "dim", "dtype", "capped"), COMPILED)
-def test_compiles(capability: int, dim: int, dtype: str, capped: bool) -> None:
-    pytest.importorskip("triton")
-    from test_kernels_compile import hold
-
-    from gossamer.kernels.triton import dropped_pages as kernels
-
-    types = {"q": dtype, "k": dtype, "v": dtype, "out": dtype, "lse": "fp32"}
-    itemsize = 4 if dtype == "fp32" else 2
-    options = kernels.tile(dim, itemsize, 128, capability)
-    flags = {"PAGE": 64, "DIM": dim, "PAGES": kernels.PAGES, "LOG_PAGE": 4.158, "SOFTCAP": capped}
-    kernel = compiled(kernels._add_dropped_pages, capability, types, options | flags)
-    hold(kernel, capability)
-    if capability == 90 and options["M"] >= 64:
-        assert "wgmma.mma_async" in kernel.asm["ptx"]
-    hold(compiled(kernels._mark, capability, {}, {"COLUMNS": kernels.COLUMNS}), capability)
 
 
 @pytest.mark.gpu

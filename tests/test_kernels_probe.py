@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import Case, make_case
-from kernel_checks import compiled, run_interpreted
+from kernel_checks import run_interpreted
 from torch import Tensor
 
 from gossamer.kernels import probe as probe_module
@@ -118,33 +118,6 @@ def test_no_blocks() -> None:
 
 def test_equal_under_the_interpreter() -> None:
     run_interpreted("kernels_interpreted_probe.py")
-
-
-# Capability, head size, queries, query heads per KV head, type. Each takes seconds.
-COMPILED = [
-    *((80, 128, 64, 4, "bf16"), (90, 64, 64, 2, "bf16"), (90, 128, 64, 4, "bf16"), (90, 256, 64, 4, "bf16")),
-    *((100, 96, 64, 4, "bf16"), (90, 128, 1, 4, "bf16"), (90, 128, 64, 4, "fp32"), (90, 96, 64, 4, "fp32")),
-]
-
-
-@pytest.mark.parametrize(("capability", "dim", "queries", "ratio", "dtype"), COMPILED)
-def test_compiles(capability: int, dim: int, queries: int, ratio: int, dtype: str) -> None:
-    pytest.importorskip("triton")
-    from test_kernels_compile import hold
-
-    from gossamer.kernels.triton import probe
-
-    types = {"q": dtype, "k": dtype, "part": "fp32", "lse": "fp32", "out": "fp32"}
-    itemsize = 4 if dtype == "fp32" else 2
-    options = probe.tile(dim, itemsize, queries * ratio) | {"PAGE": 64, "DIM": dim, "PIECE": probe.PIECE}
-    kernel = compiled(probe._row_lse, capability, types, options)
-    hold(kernel, capability)
-    if capability == 90 and itemsize == 2 and queries == 64:
-        assert "wgmma.mma_async" in kernel.asm["ptx"]
-    options = probe.tile(dim, itemsize, queries) | {"PAGE": 64, "DIM": dim}
-    hold(compiled(probe._page_sums, capability, types, options), capability)
-    options = {"PAGE": 64, "M": options["M"], "OFFSETS": probe.OFFSETS}
-    hold(compiled(probe._join_distances, capability, types, options), capability)
 
 
 @pytest.mark.gpu

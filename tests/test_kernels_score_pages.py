@@ -12,7 +12,6 @@ from mass_cases import (
     MassCase,
     bound_logits,
     check_mass,
-    compiled_mass,
     make_mass_case,
     page_logits,
     reference_mass,
@@ -110,33 +109,6 @@ def test_triton_kernels_equal_their_torch_forms_under_the_interpreter() -> None:
         timeout=300,
     )
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
-
-
-COMPILED = [  # capability, type, head size, queries of a block, heads of a group, stretches with bounds
-    *((capability, "bf16", 128, 16, 8, 0) for capability in (80, 90, 100)),
-    (80, "bf16", 96, 42, 3, 4),
-    (90, "bf16", 64, 1, 8, 4),
-    (100, "bf16", 128, 16, 8, 4),
-    (90, "fp32", 128, 16, 8, 4),
-]
-
-
-@pytest.mark.parametrize(("capability", "dtype", "dim", "size", "ratio", "subs"), COMPILED)
-def test_compiles_ahead_of_time(capability: int, dtype: str, dim: int, size: int, ratio: int, subs: int) -> None:
-    pytest.importorskip("triton")
-    from test_kernels_compile import hold
-
-    from gossamer.kernels.triton import score_pages as kernels
-
-    options = kernels.tile(dim, 4 if dtype == "fp32" else 2, size, ratio, bounds=subs > 0)
-    flags = {"PIECE": kernels.PIECE, "CHUNK": kernels.CHUNK, "PAGE": 64, "PER_PAGE": 1, "RELEASED": -1}
-    options |= flags | {"DIM": dim, "CHANNELS": False, "SUBS": subs}
-    for kernel in (kernels._sum_pieces, kernels._share_columns):
-        machine = compiled_mass(kernel, capability, dtype, options)
-        hold(machine, capability)
-        if capability == 90 and options["M"] >= 64:
-            assert "wgmma.mma_async" in machine.asm["ptx"]
-    hold(compiled_mass(kernels._normalise, capability, dtype, flags | {"COLUMNS": options["COLUMNS"]}), capability)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,6 @@ from mass_cases import (
     SCALE,
     MassCase,
     check_mass,
-    compiled_mass,
     label_logits,
     make_mass_case,
     reference_mass,
@@ -77,28 +76,6 @@ def test_no_tiles() -> None:
     case = make_mass_case()
     found = label_mass(case.q, case.kv, QueryBlocks.of(32, []), labels_of(case), CHANNELS, scale=SCALE)
     assert found.shape == (2, 0, case.kv.table.shape[1] * 64)
-
-
-COMPILED = [  # capability, type, channels, queries of a block, heads of a group
-    (80, "bf16", 8, 42, 3),
-    (90, "bf16", 32, 1, 8),
-    (100, "bf16", 16, 16, 8),
-    (90, "fp32", 32, 16, 8),
-]
-
-
-@pytest.mark.parametrize(("capability", "dtype", "dim", "size", "ratio"), COMPILED)
-def test_compiles_ahead_of_time(capability: int, dtype: str, dim: int, size: int, ratio: int) -> None:
-    pytest.importorskip("triton")
-    from test_kernels_compile import hold
-
-    from gossamer.kernels.triton import score_pages as kernels
-
-    options = kernels.tile(dim, 4 if dtype == "fp32" else 2, size, ratio)
-    options |= {"PIECE": kernels.PIECE, "PAGE": 64, "PER_PAGE": 64, "RELEASED": -1}
-    options |= {"DIM": dim, "CHANNELS": True, "SUBS": 0}
-    for kernel in (kernels._sum_pieces, kernels._share_columns):
-        hold(compiled_mass(kernel, capability, dtype, options), capability)
 
 
 @pytest.mark.gpu

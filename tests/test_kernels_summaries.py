@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernel_checks import compiled, run_interpreted
+from kernel_checks import run_interpreted
 from torch import Tensor
 
 from gossamer.kernels import page_summaries
@@ -207,34 +207,6 @@ def test_no_page_changes_nothing(physical: list[int]) -> None:
 
 def test_triton_under_the_interpreter() -> None:
     run_interpreted("summaries_interpreted.py")
-
-
-KERNELS: dict[str, dict[str, int]] = {
-    "_means": {"PAGE": 64, "DIM": 128, "WIDE": 128},
-    "_bounds": {"PART": 16, "DIM": 128, "WIDE": 128},
-    "_labels": {"PAGE": 64, "TAKEN": 16, "WIDE": 16},
-    "_pools": {"PAGE": 64, "DIM": 128, "TURNED": 64, "PAIRS": 32},
-}
-ODD_KERNELS: dict[str, dict[str, int]] = {
-    "_means": {"PAGE": 64, "DIM": 80, "WIDE": 128},
-    "_bounds": {"PART": 64, "DIM": 256, "WIDE": 256},
-    "_labels": {"PAGE": 64, "TAKEN": 24, "WIDE": 32},
-    "_pools": {"PAGE": 64, "DIM": 80, "TURNED": 16, "PAIRS": 32},
-}
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("name", KERNELS)
-def test_triton_compiles(capability: int, dtype: str, name: str) -> None:
-    pytest.importorskip("triton")
-    from test_kernels_compile import hold
-
-    from gossamer.kernels.triton import page_summaries as form
-
-    options = (KERNELS if dtype == "bf16" else ODD_KERNELS)[name]
-    pointers = {"pool": dtype, "out": dtype, "cos": "fp32", "sin": "fp32"}
-    hold(compiled(getattr(form, name), capability, pointers, dict(options)), capability)
 
 
 @pytest.mark.gpu

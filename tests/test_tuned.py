@@ -11,8 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gossamer.kernels.triton import paged_decode, tuned  # noqa: E402
-from gossamer.server.bench.layer import Layer, Shape  # noqa: E402
+from gossamer.kernels.triton import paged_decode, tuned
+from gossamer.server.bench.layer import Layer, Shape
 
 CUDA = torch.device("cuda")
 

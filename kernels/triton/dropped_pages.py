@@ -21,7 +21,8 @@ def tile(dim: int, itemsize: int, rows: int, capability: int) -> dict[str, int]:
     wide = max(16, triton.next_power_of_2(dim))
     block = max(16, triton.next_power_of_2(rows))
     if itemsize == 4:
-        return {"M": 32 if wide <= 128 else 16, "WIDE": wide, "num_warps": 8, "num_stages": 1}
+        block = 32 if wide <= 64 or (wide <= 128 and capability >= 90) else 16
+        return {"M": block, "WIDE": wide, "num_warps": 8 if wide <= 128 else 16, "num_stages": 1}
     if wide <= 64:
         most = 128
     elif wide <= 128:

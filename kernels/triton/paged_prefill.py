@@ -20,7 +20,7 @@ def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int) -
     """
     wide = max(16, triton.next_power_of_2(dim))
     if itemsize == 4:
-        most, warps, stages = (32, 8, 1) if wide <= 64 else (16, 4, 1) if wide <= 128 else (16, 8, 1)
+        most, warps, stages = (32, 8, 1) if wide <= 64 else (16, 8 if wide <= 128 else 16, 1)
     elif wide <= 64:
         most, warps, stages = 128, 8, 4
     elif wide <= 128:

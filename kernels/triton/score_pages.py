@@ -83,7 +83,7 @@ def mass(
 def tile(dim: int, itemsize: int, size: int, ratio: int, *, bounds: bool = False) -> dict[str, int]:
     """Packed rows and columns of a program, and compiler options, for blocks of `size` queries of `ratio` heads.
 
-    These fill no more than the registers and the shared memory, to which tests/test_kernels_score_pages.py holds
+    These fill no more than the registers and the shared memory, to which tests/test_kernels_compile.py holds
     them. float32 runs without tensor cores and is there to be right, not fast.
     """
     wide, heads = max(16, triton.next_power_of_2(dim)), triton.next_power_of_2(ratio)

@@ -1,0 +1,255 @@
+"""Calls of every launch function of kernels/triton/, in every type and head size, and with what else changes the code:
+single tokens, softcap, sinks, query heads per KV head, kinds of scores, strides, short chunks.
+
+The tensors have no memory. Their sizes are awkward (nothing that depends on a batch is a multiple of 16), because
+Triton makes other code for sizes that are, or that are 1; the variants "aligned" and "alone" are these.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels.layout import PAGE_SIZE, BlockRow, PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.triton import (
+    antidiagonal,
+    choose,
+    compact,
+    dropped_pages,
+    page_summaries,
+    paged_decode,
+    paged_prefill,
+    probe,
+    score_pages,
+    score_tokens,
+    store,
+)
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEAD_DIMS = (128, 64, 96, 256)  # a launch is named after the first that needs it
+TILE_ROWS = 128  # as attention/step.py cuts prompts
+SCALE = 0.1
+META = "meta"
+
+blank = partial(torch.empty, device=META)
+ints = partial(torch.empty, dtype=torch.int32, device=META)
+
+
+class Variant(NamedTuple):
+    """What a call differs by. `type` and `dim` are empty for kernels that see neither."""
+
+    type: str
+    dim: int
+    name: str = ""
+
+    def __str__(self) -> str:
+        return " ".join([*filter(None, (self.type, f"d{self.dim}" if self.dim else "", self.name))])
+
+
+class Case(NamedTuple):
+    """One call of a launch function."""
+
+    variant: Variant
+    call: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The tensors of a call: `tiles` query blocks of one sequence (a prompt), or one of each of `tiles` (decode)."""
+
+    type: str
+    dim: int
+    name: str = ""
+    ratio: int = 4  # query heads per KV head
+    heads: int = 7  # KV heads of the view
+    tiles: int = 37
+    pages: int = 1999  # of the longest sequence
+    decode: bool = False
+    pool: int = 10001  # physical pages
+
+    @property
+    def usual(self) -> bool:
+        return self.name in ("", "decode")
+
+    @property
+    def size(self) -> int:
+        return 1 if self.decode else max(1, TILE_ROWS // self.ratio)
+
+    @property
+    def blocks(self) -> QueryBlocks:
+        if self.decode:
+            rows = [BlockRow(n, n, self.pages * PAGE_SIZE - 1, 1) for n in range(self.tiles)]
+        else:
+            begin = self.pages * PAGE_SIZE // 2
+            rows = [BlockRow(0, n * self.size, begin + n * self.size, self.size) for n in range(self.tiles)]
+        return QueryBlocks.of(self.size, rows, META)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TYPES[self.type]
+
+    @property
+    def q(self) -> Tensor:
+        """As q, k and v arrive: the heads of a token adjoin."""
+        return blank(self.tiles * self.size, self.heads * self.ratio, self.dim, dtype=self.dtype)
+
+    @property
+    def kv(self) -> PagedKV:
+        sequences = self.tiles if self.decode else 1
+        table, length, heads = ints(sequences, self.pages), ints(sequences), ints(self.heads)
+        sink, window = ints(sequences, self.heads), ints(sequences, self.heads)
+        return PagedKV(
+            self.table(PAGE_SIZE, self.dim), self.table(PAGE_SIZE, self.dim),
+            table, length, heads, sink, window, self.ratio,
+        )  # fmt: skip
+
+    @property
+    def read(self) -> tuple[Tensor, PagedKV, QueryBlocks]:
+        return self.q, self.kv, self.blocks
+
+    @property
+    def written(self) -> tuple[Tensor, Tensor]:
+        """out and lse."""
+        return torch.empty_like(self.q), blank(*self.q.shape[:2], dtype=torch.float32)
+
+    def index(self, tokens: bool) -> SparseIndex:
+        start, count, token_start, token_count = (ints(self.heads, self.tiles) for _ in range(4))
+        run = ints(self.heads * self.tiles * self.pages)
+        return SparseIndex(start, count, run, *((token_start, token_count, run) if tokens else ()))
+
+    def table(self, *shape: int) -> Tensor:
+        """Something of each page."""
+        return blank(self.heads, self.pool, *shape, dtype=self.dtype)
+
+    def case(self, name: str, call: Callable[[], object]) -> Case:
+        return Case(Variant(self.type, self.dim, f"{self.name} {name}".strip()), call)
+
+
+def cases() -> list[Case]:
+    """All of them."""
+    found = [*_choices(), *_lists()]
+    for own in _settings():
+        found += [*_attention(own), *_summaries(own)]
+        if not (own.type == "fp16" and own.decode):
+            found += _selection(own)
+    for own in _other_sizes():
+        found += _attention(own)
+        if own.name.endswith(("aligned", "ratio 1", "ratio 8")):
+            found += _selection(own)
+    return found
+
+
+def _settings() -> Iterator[Setting]:
+    """Every type and head size."""
+    for type in TYPES:
+        for dim in HEAD_DIMS:
+            yield Setting(type, dim)
+            yield Setting(type, dim, "decode", decode=True)
+
+
+def _other_sizes() -> Iterator[Setting]:
+    """For one type and head size, sizes for which Triton makes other code, or a launch other tiles."""
+    for name, decode in (("", False), ("decode ", True)):
+        own = Setting("bf16", 128, decode=decode)
+        yield replace(own, name=name + "aligned", heads=16, tiles=32, pages=2048)
+        yield replace(own, name=name + "alone", heads=1, tiles=1)
+        yield replace(own, name=name + "large pool", pool=2**31 // (PAGE_SIZE * own.dim) + 1)  # strides of 64 bits
+        for ratio in (1, 8, 32):
+            yield replace(own, name=f"{name}ratio {ratio}", ratio=ratio)
+
+
+def _attention(own: Setting) -> Iterator[Case]:
+    form = paged_decode if own.decode else paged_prefill
+
+    def attend(name: str, *, tokens: bool = False, softcap: float = 0.0, sinks: bool = False) -> Case:
+        given = blank(own.heads * own.ratio, dtype=own.dtype) if sinks else None
+        options = {"scale": SCALE, "softcap": softcap, "sinks": given}
+        return own.case(name, lambda: form.launch(*own.read, own.index(tokens), *own.written, **options))
+
+    yield attend("")
+    if own.usual and own.type == "bf16":
+        yield attend("tokens", tokens=True)
+        yield attend("softcap sinks", softcap=30.0, sinks=True)
+    if own.usual and own.dim == 128:
+        yield attend("softcap", softcap=30.0)
+        yield attend("tokens softcap sinks", tokens=True, softcap=30.0, sinks=True)
+    yield own.case("", lambda: store.launch(own.q, own.q, own.kv, own.blocks))
+
+
+def _selection(own: Setting) -> Iterator[Case]:
+    """What selectors launch in a step of such sizes."""
+    yield from _scores(own)
+    yield from _dropped(own)
+    if own.dim == 128 and own.usual:
+        yield from _labels(own)
+    if not own.decode:
+        yield from _antidiagonals(own)
+        yield own.case("", lambda: probe.launch(*own.read, 64, scale=SCALE))
+    if own.type == "bf16" and own.usual and not own.decode:
+        few = replace(own, name="short", tiles=1, ratio=32)  # few queries
+        yield few.case("", lambda: probe.launch(*few.read, 64, scale=SCALE))
+
+
+def _scores(own: Setting) -> Iterator[Case]:
+    mean, bounds = own.table(own.dim), own.table(4, 2, own.dim)
+    yield own.case("means", lambda: score_pages.launch(*own.read, mean, scale=SCALE))
+    yield own.case("bounds", lambda: score_pages.launch_bounds(*own.read, bounds, scale=SCALE))
+    if own.usual and own.type == "bf16" and own.dim == 128:  # a learned gate's queries are float32
+        gate = replace(own, type="fp32")
+        yield own.case("gates", lambda: score_pages.launch(gate.q, own.kv, own.blocks, mean, scale=SCALE))
+
+
+def _labels(own: Setting) -> Iterator[Case]:
+    for taken in (8, 32):
+        labels, channels = own.table(PAGE_SIZE, taken), ints(own.heads, taken)
+        call = partial(score_tokens.launch, *own.read, labels, channels, scale=SCALE)
+        yield own.case(f"{taken} channels", call)
+
+
+def _antidiagonals(own: Setting) -> Iterator[Case]:
+    strides = (4, 8, 16, 32) if own.type == "bf16" and own.dim == 128 else (8, 16)
+    for stride in strides if own.usual else (16,):
+        yield own.case(f"stride {stride}", partial(antidiagonal.launch, *own.read, stride, scale=SCALE))
+    if own.usual and own.type == "bf16":
+        for tiles in (1, 8):
+            few = replace(own, tiles=tiles)
+            yield own.case(f"{tiles} tiles", partial(antidiagonal.launch, *few.read, 16, scale=SCALE))
+
+
+def _dropped(own: Setting) -> Iterator[Case]:
+    means = own.table(own.dim), own.table(own.dim)
+    for name, softcap in (("", 0.0), ("softcap", 30.0)) if own.usual and own.dim == 128 else (("", 0.0),):
+        options = {"scale": SCALE, "softcap": softcap}
+        call = partial(dropped_pages.launch, *own.read, own.index(False), *own.written, *means, **options)
+        yield own.case(name, call)
+
+
+def _summaries(own: Setting) -> Iterator[Case]:
+    if own.decode:
+        return
+    pool, physical, channels = own.kv.k, ints(own.tiles), ints(own.heads, 24)
+    mean, bounds, labels = own.table(own.dim), own.table(4, 2, own.dim), own.table(PAGE_SIZE, 24)
+    yield own.case("", lambda: page_summaries.launch_means(pool, physical, mean))
+    yield own.case("", lambda: page_summaries.launch_bounds(pool, physical, bounds))
+    yield own.case("", lambda: page_summaries.launch_labels(pool, physical, channels, labels))
+    gathered, pooled = own.kv.k[:, : own.tiles], blank(own.heads, own.tiles, 3, own.dim, dtype=torch.float32)
+    for name, turned in (("", own.dim // 2), ("turned in part", own.dim // 8)):
+        frequencies = blank(turned, dtype=torch.float32)
+        call = partial(page_summaries.launch_pools, gathered, physical, ints(own.tiles), frequencies, 1.0, pooled)
+        yield own.case(name, call)
+
+
+def _choices() -> Iterator[Case]:
+    for width in (100, 1999, 16385):
+        mass = blank(7, 37, width, dtype=torch.float32)
+        yield Case(Variant("", 0, f"count of {width}"), partial(choose.launch_count, mass, ints(7, 37)))
+        yield Case(Variant("", 0, f"share of {width}"), partial(choose.launch_mass, mass, 0.9))
+
+
+def _lists() -> Iterator[Case]:
+    for name, width in (("", 1999), (" aligned", 2048)):
+        yield Case(Variant("", 0, f"pages{name}"), partial(compact.launch, blank(7, 37, width, dtype=torch.bool)))
+        yield Case(Variant("", 0, f"tokens{name}"), partial(compact.launch_tokens, ints(7, 37, width)))
