@@ -32,6 +32,8 @@ ENTRYPOINT ["/venv/bin/gossamer", "serve", "--host", "0.0.0.0"]
 # Triton compiles a small launcher in C when a kernel first runs, so this image carries a compiler.
 FROM runtime AS cuda
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    PIP_NO_CACHE_DIR=1 /venv/bin/pip install --no-deps "liger-kernel>=0.8,<0.9"
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 

@@ -26,6 +26,10 @@ mkdir -p "$folder"
 python3 -m pip download --quiet --disable-pip-version-check --only-binary=:all: --dest "$folder" \
     --python-version "$version" --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 "${packages[@]}"
 
+# its needs, torch and triton, are there
+python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$folder" \
+    'liger-kernel>=0.8,<0.9'
+
 size=$(du -sk "$folder" | cut -f1)
 printf '%s wheels, %s KiB in %s\n' "$(find "$folder" -name '*.whl' | wc -l)" "$size" "$folder"
 if [ "$size" -gt "$most" ]; then

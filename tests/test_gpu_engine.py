@@ -7,7 +7,7 @@ import pytest
 import torch
 from engines import ask, load_tiny, running_engine
 from selector_cases import gate, labels
-from tiny_models import VOCAB
+from tiny_models import VOCAB, save_tiny_model
 
 from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
 from gossamer.attention.selectors import BlockSparse, Budget, DoubleSparsity, SinkRecent, VerticalSlash
@@ -15,7 +15,7 @@ from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
 from gossamer.server.config import ServerConfig
 from gossamer.server.engine.executor import Executor
 from gossamer.server.engine.graphs import DecodeGraphs
-from gossamer.server.engine.model import Model
+from gossamer.server.engine.model import Model, load_model
 
 pytestmark = pytest.mark.gpu
 
@@ -84,6 +84,27 @@ def answers(checkpoint: Path, there: Model, graphs: bool) -> list[list[int]]:
             recorded = engine._loop.executor.graphs
             assert recorded is not None and recorded._made and not recorded.broken
     return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
+def test_fused_kernels_compute_what_others_do(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("liger_kernel")
+    tokens = torch.randint(4, VOCAB, (1, 90), device="cuda")
+    found = []
+    for fused in (False, True):
+        model = load_model(
+            str(save_tiny_model(tmp_path, family)),
+            revision=None,
+            dtype="float32",
+            device=torch.device("cuda"),
+            served_length=None,
+            fused=fused,
+            report=lambda line: None,
+        )
+        model.module.set_attn_implementation("sdpa")  # type: ignore[operator]
+        with torch.inference_mode():
+            found.append(model.module(input_ids=tokens, use_cache=False).logits)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_recorded_steps_answer_as_others_do(checkpoint: Path, there: Model, strict: None) -> None:

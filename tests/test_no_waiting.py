@@ -3,6 +3,7 @@
 Tensors on torch's device "meta" have a shape and no numbers, so reading one raises. Here they say that they lie on a
 GPU, and Triton's kernels are not launched."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from gossamer.kvcache.cache import KVCache
 from gossamer.kvcache.groups import group_heads
 from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
 from gossamer.kvcache.table import PageTable
+from gossamer.server.engine.fused import fuse
 from gossamer.server.engine.graphs import DecodeGraphs, Tensors
 from gossamer.server.engine.model import Model
 
@@ -141,8 +143,21 @@ def test_a_recorded_step(there: Model, cache: KVCache, names: tuple[str, ...]) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(gpu: None, tmp_path: Path, model: Model, cache: KVCache, family: str) -> None:
-    check_recorded(on_gpu(save_tiny_model(tmp_path, family), model), cache, ("exact",))
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
+def test_every_family(gpu: None, tmp_path: Path, model: Model, cache: KVCache, family: str, fused: bool) -> None:
+    there = on_gpu(save_tiny_model(tmp_path, family), model)
+    source = dict(vars(sys.modules[type(there.module).__module__]))
+    plain = norms(there.module)
+    if fused:
+        assert fuse(there.module, family)
+        assert norms(there.module) != plain and all("Liger" in name for name in norms(there.module))
+    assert dict(vars(sys.modules[type(there.module).__module__])) == source, "models to come would change"
+    check_recorded(there, cache, ("exact",))
+
+
+def norms(module: torch.nn.Module) -> list[str]:
+    """What the norms of the layers call themselves."""
+    return [each._get_name() for name, each in module.named_modules() if name.endswith("layernorm")]
 
 
 def check_recorded(there: Model, cache: KVCache, names: tuple[str, ...]) -> None:

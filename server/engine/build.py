@@ -54,6 +54,7 @@ def build_engine(config: ServerConfig, metrics: Observer, report: Callable[[str]
         device=device,
         served_length=config.max_model_len,
         dummy=config.load_format == "dummy",
+        fused=config.fused_kernels,
         report=report,
     )
     policy = attention_policy(config, model)

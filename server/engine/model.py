@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from gossamer.attention.attend import attend
 from gossamer.attention.step import Step
 from gossamer.server.engine.families import StartupError, check_family
+from gossamer.server.engine.fused import fuse
 
 ATTENTION = "gossamer"  # the name that our attention function has inside transformers
 PROBE = "gossamer-probe"
@@ -81,13 +82,15 @@ def load_model(
     device: torch.device,
     served_length: int | None,
     dummy: bool = False,
+    fused: bool = True,
     report: Callable[[str], None],
 ) -> Model:
     """Load `path`, a directory or a hub id, from safetensors alone. Raises StartupError.
 
     `served_length` is the longest sequence that will be served (None: all that the model can): RoPE variants that
     choose their factors by length are fixed to it, so that one long request cannot change its neighbours' keys.
-    `dummy` takes random weights for the config instead of reading any.
+    `dummy` takes random weights for the config instead of reading any. `fused`: on a GPU, with fused norms and
+    activations where there are some.
     """
     config = load_config(path, revision)
     chosen = _dtype(dtype, config, device)
@@ -99,6 +102,8 @@ def load_model(
     _fix_rope(module, min(served_length or longest, longest), device)
     shape = _probe(module, config, longest, device)
     module.set_attn_implementation(ATTENTION)
+    if fused and device.type == "cuda" and fuse(module, config.model_type):
+        report("Norms and activations are fused (Liger-Kernel)")
     eos_ids, sampling = _generation_defaults(path, revision, config)
     return Model(module, shape, config.model_type, chosen, device, eos_ids, sampling)
 
