@@ -247,6 +247,7 @@ def _choices() -> Iterator[Case]:
         mass = blank(7, 37, width, dtype=torch.float32)
         yield Case(Variant("", 0, f"count of {width}"), partial(choose.launch_count, mass, ints(7, 37)))
         yield Case(Variant("", 0, f"share of {width}"), partial(choose.launch_mass, mass, 0.9))
+        yield Case(Variant("", 0, f"places of {width}"), partial(choose.launch_positions, mass.flatten(0, 1), 64))
 
 
 def _lists() -> Iterator[Case]:

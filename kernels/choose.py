@@ -97,42 +97,46 @@ def choose_tokens(mass: Tensor, most: int, share: float) -> Tensor:
     only until they add up to `share` of the row's sum; share 1 takes `most` whatever they add up to, share 0 none.
     """
     assert 0 <= share <= 1 and most >= 0
-    width = mass.shape[-1]
-    rows, k = _rows(mass), min(most, width)
-    found = torch.full((rows.shape[0], k), -1, dtype=torch.int32, device=mass.device)
-    if found.numel() == 0 or share == 0:
-        return found.view(*mass.shape[:-1], k)
-    if share == 1:
-        keep = torch.full((rows.shape[0],), k, dtype=torch.int32, device=rows.device)
-        return _positions(choose_count(rows, keep), found).view(*mass.shape[:-1], k)
-    step = _rows_at_once(mass)
-    rank = torch.arange(width - 1, -1, -1, device=mass.device)  # of equal entries the lower index is the larger
-    for row, to in zip(rows.split(step), found.split(step), strict=True):
-        # A float that is not negative and its bits are in the same order, and with the index no two keys are equal.
-        keys = (row.view(torch.int32).clamp(min=0).long() << 32) | rank
-        position = width - 1 - (keys.topk(k).values & 0xFFFFFFFF)
-        taken = row.gather(-1, position)
-        keep = taken > 0
-        before = taken.cumsum(-1, dtype=torch.float64)[:, :-1]
-        keep[:, 1:] &= before < row.sum(-1, keepdim=True, dtype=torch.float64) * share
-        position = torch.where(keep, position, width).sort(-1).values
-        to.copy_(torch.where(position < width, position, -1))
+    rows, k = _rows(mass), min(most, mass.shape[-1])
+    if share == 0 or len(rows) * k == 0:
+        found = torch.full((len(rows), k), -1, dtype=torch.int32, device=mass.device)
+    elif mass.is_cuda:
+        from gossamer.kernels.triton.choose import launch_positions
+
+        found = launch_positions(rows, k)
+    else:
+        found = _positions(choose_count(rows, torch.full((len(rows),), k, dtype=torch.int32)), k)
+    if 0 < share < 1:
+        found = _until(rows, found, share)
     return found.view(*mass.shape[:-1], k)
 
 
-def _positions(mask: Tensor, out: Tensor) -> Tensor:
-    """mask [R, K] bool with at most k entries set in a row, out [R, k] of -1 -> their columns, ascending, then -1."""
-    if mask.is_cuda:  # nothing is read back: entries that are not set go to a column of their own
-        place = mask.cumsum(-1) - 1
-        column = torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device).expand_as(mask)
-        wide = torch.cat((out, out[:, :1]), 1)
-        return wide.scatter_(1, torch.where(mask, place, out.shape[1]), column)[:, :-1].contiguous()
+def _until(rows: Tensor, found: Tensor, share: float) -> Tensor:
+    """rows [R, K], found [R, k] ascending positions and then -1 -> of these, from the largest entry on, as many as it
+    takes to hold `share` of the row; ascending again."""
+    k = found.shape[1]
+    taken = torch.where(found >= 0, rows.gather(1, found.clamp(min=0).long()), 0.0)
+    # A float that is not negative and its bits are in the same order, and with the index no two keys are equal.
+    rank = torch.arange(k - 1, -1, -1, device=rows.device)
+    order = ((taken.view(torch.int32).long() << 32) | rank).argsort(-1, descending=True)
+    falling = taken.gather(1, order)
+    keep = falling > 0
+    before = falling.cumsum(-1, dtype=torch.float64)[:, :-1]
+    keep[:, 1:] &= before < rows.sum(-1, keepdim=True, dtype=torch.float64) * share
+    behind = rows.shape[1]
+    position = torch.where(keep, found.gather(1, order), behind).sort(-1).values
+    return torch.where(position < behind, position, -1)
+
+
+def _positions(mask: Tensor, k: int) -> Tensor:
+    """mask [R, K] bool with at most k entries set in a row -> [R, k] int32, their columns, ascending, then -1."""
     row, chosen = mask.nonzero().unbind(1)
-    if len(row) == out.numel():  # k in every row
-        return chosen.int().view(out.shape)
+    if len(row) == len(mask) * k:  # k in every row
+        return chosen.int().view(len(mask), k)
     count = torch.bincount(row, minlength=len(mask))
-    out[row, torch.arange(len(row)) - (count.cumsum(0) - count)[row]] = chosen.int()
-    return out
+    found = torch.full((len(mask), k), -1, dtype=torch.int32)
+    found[row, torch.arange(len(row)) - (count.cumsum(0) - count)[row]] = chosen.int()
+    return found
 
 
 def _rows(mass: Tensor) -> Tensor:

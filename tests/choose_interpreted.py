@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_kernels_choose import make_rows
 
-from gossamer.kernels.choose import choose_count_torch, choose_mass_torch
+from gossamer.kernels.choose import choose_count_torch, choose_mass_torch, choose_tokens
 from gossamer.kernels.triton import choose
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels_choose.py runs this file"
@@ -24,6 +24,24 @@ def test_equals_the_torch_form(width: int, columns: int, monkeypatch: pytest.Mon
         assert torch.equal(choose.launch_count(mass, keep), choose_count_torch(mass, keep))
     for share in (0.5, 0.999):
         assert torch.equal(choose.launch_mass(mass, share), choose_mass_torch(mass, share))
+
+
+@pytest.mark.parametrize(("width", "columns"), [(1, 64), (50, 4096), (300, 128)])
+def test_positions(width: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "COLUMNS", columns)
+    mass = make_rows((5, width), seed=width)
+    mass[1] = mass[1].clamp(max=0.5)  # more equal entries than are kept
+    for most in {1, width // 3, width} - {0}:
+        assert torch.equal(choose.launch_positions(mass, most), choose_tokens(mass, most, 1.0))
+    assert choose.launch_positions(mass, 0).shape == (5, 0)
+
+
+def test_values_that_differ_in_their_last_bits() -> None:
+    """Neighbouring floats, and floats that differ in one byte alone: every byte has to be looked at."""
+    bits = torch.tensor([0x3F800000 + i * step for step in (1, 1 << 8, 1 << 16) for i in range(60)], dtype=torch.int32)
+    mass = bits[torch.randperm(180, generator=torch.Generator().manual_seed(5))].view(torch.float32).repeat(180, 1)
+    keep = torch.arange(180, dtype=torch.int32)
+    assert torch.equal(choose.launch_count(mass, keep), choose_count_torch(mass, keep))
 
 
 def test_views_and_nothing() -> None:
