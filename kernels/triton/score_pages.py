@@ -1,7 +1,8 @@
 """Three passes over the past columns (pages, or tokens for score_tokens.py) of each query block.
 
 `_sum_pieces`: for each packed row and each piece of columns, the logarithm of the sum of exponentials.
-`_share_columns`: with these, each column's softmax; mean over the queries, maximum over the heads.
+`_share_columns`: with these, each column's softmax; mean over the queries, maximum over the heads. The products are
+computed again where a block has many rows, and were written down where it has few: then reading keys is what takes time.
 `_normalise`: divides by the block's sum.
 
 Pieces and tiles have a fixed size and are added in order, so that a block's result never depends on what else is in
@@ -68,10 +69,16 @@ def mass(
         kv.table, kv.heads, blocks.seq, blocks.token, blocks.pos, blocks.count,
         *q.stride()[:2], *strides, kv.table.stride(0), LOG2_E * scale, kv.ratio, blocks.size, num, rows,
     )  # fmt: skip
+    # Of single tokens it would be more than their labels.
+    stored = blocks.size == 1 and per_page == 1
+    logits = torch.empty(groups, num, options["HEADS"], width, dtype=torch.float32, device=q.device) if stored else lse
+    flags["STORED"] = stored
     # Fusion is said aloud, because Triton's default is about to change.
-    _sum_pieces[(num * parts, pieces, groups)](lse, *read, parts, **flags, **options, enable_fp_fusion=True)
+    _sum_pieces[(num * parts, pieces, groups)](
+        lse, logits, *read, width, parts, **flags, **options, enable_fp_fusion=True
+    )
     _share_columns[(num * tiles, groups)](
-        out, sums, lse, *read, width, tiles, **flags, **options, enable_fp_fusion=True
+        out, sums, lse, logits, *read, width, tiles, **flags, **options, enable_fp_fusion=True
     )
     _normalise[(num * triton.cdiv(width, CHUNK), groups)](
         out, sums, blocks.pos, blocks.size, num, width, tiles,
@@ -158,12 +165,12 @@ def _logits(
 
 @triton.jit(do_not_specialize=VARYING)
 def _sum_pieces(
-    lse_ptr, q_ptr, keys_ptr, channels_ptr,
+    lse_ptr, logits_ptr, q_ptr, keys_ptr, channels_ptr,
     table_ptr, heads_ptr, seq_ptr, token_ptr, pos_ptr, count_ptr,
-    q_t, q_h, k_g, k_p, k_s, k_c, k_e, table_b, scale, ratio, size, num, rows, parts,
+    q_t, q_h, k_g, k_p, k_s, k_c, k_e, table_b, scale, ratio, size, num, rows, width, parts,
     M: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, PIECE: tl.constexpr,
     PAGE: tl.constexpr, PER_PAGE: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr, SUBS: tl.constexpr,
-    RELEASED: tl.constexpr,
+    RELEASED: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     n, part, piece, g = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1), tl.program_id(2)
     limit = tl.load(pos_ptr + n) // size * size // PAGE * PER_PAGE
@@ -192,6 +199,11 @@ def _sum_pieces(
             q, keys_ptr, table_ptr, column, stop, d, inside, k_p, k_s, k_c, k_e, scale,
             PER_PAGE, DIM, CHANNELS, SUBS, RELEASED, WIDEN,
         )  # fmt: skip
+        if STORED:
+            line = ((g.to(tl.int64) * num + n) * HEADS + m) * width
+            tl.store(
+                logits_ptr + line[:, None] + column[None], scores, mask=(m < HEADS)[:, None] & (column < stop)[None]
+            )
         top = tl.maximum(best, tl.max(scores, 1))
         shift = tl.where(top == -float("inf"), 0.0, top)  # all released so far
         total = total * tl.exp2(best - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
@@ -203,12 +215,12 @@ def _sum_pieces(
 
 @triton.jit(do_not_specialize=VARYING)
 def _share_columns(
-    out_ptr, sums_ptr, lse_ptr, q_ptr, keys_ptr, channels_ptr,
+    out_ptr, sums_ptr, lse_ptr, logits_ptr, q_ptr, keys_ptr, channels_ptr,
     table_ptr, heads_ptr, seq_ptr, token_ptr, pos_ptr, count_ptr,
     q_t, q_h, k_g, k_p, k_s, k_c, k_e, table_b, scale, ratio, size, num, rows, width, tiles,
     M: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, PIECE: tl.constexpr,
     PAGE: tl.constexpr, PER_PAGE: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr, SUBS: tl.constexpr,
-    RELEASED: tl.constexpr,
+    RELEASED: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
     n, tile, g = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
     limit = tl.load(pos_ptr + n) // size * size // PAGE * PER_PAGE
@@ -233,7 +245,6 @@ def _share_columns(
     shares = tl.zeros((HEADS, COLUMNS), tl.float32)
     for first in range(0, count * HEADS, M):
         m = first + tl.arange(0, M)
-        q = _load_queries(q_ptr, channel, token, count, head, m, q_t, q_h, ratio, inside, WIDEN, HEADS)
         best = tl.full((M,), -float("inf"), tl.float32)
         total = tl.zeros((M,), tl.float32)
         place = lse_ptr + block * rows + m
@@ -244,10 +255,15 @@ def _share_columns(
             shift = tl.where(top == -float("inf"), 0.0, top)
             total = total * tl.exp2(best - shift) + tl.exp2(lse - shift)
             best = top
-        scores = _logits(
-            q, keys_ptr, table_ptr, column, limit, d, inside, k_p, k_s, k_c, k_e, scale,
-            PER_PAGE, DIM, CHANNELS, SUBS, RELEASED, WIDEN,
-        )  # fmt: skip
+        if STORED:
+            line = logits_ptr + (block * HEADS + m)[:, None] * width + column[None]
+            scores = tl.load(line, mask=(m < HEADS)[:, None] & (column < limit)[None], other=-float("inf"))
+        else:
+            q = _load_queries(q_ptr, channel, token, count, head, m, q_t, q_h, ratio, inside, WIDEN, HEADS)
+            scores = _logits(
+                q, keys_ptr, table_ptr, column, limit, d, inside, k_p, k_s, k_c, k_e, scale,
+                PER_PAGE, DIM, CHANNELS, SUBS, RELEASED, WIDEN,
+            )  # fmt: skip
         shift = tl.where(best == -float("inf"), 0.0, best)
         share = tl.exp2(scores - shift[:, None]) / tl.where(total > 0, total, 1.0)[:, None]
         real = (m // HEADS < count) & (m % HEADS < ratio)
