@@ -1,8 +1,8 @@
 """Three passes over the past columns (pages, or tokens for score_tokens.py) of each query block.
 
 `_sum_pieces`: for each packed row and each piece of columns, the logarithm of the sum of exponentials.
-`_share_columns`: with these, each column's softmax; mean over the queries, maximum over the heads. The products are
-computed again where a block has many rows, and were written down where it has few: then reading keys is what takes time.
+`_share_columns`: with these, each column's softmax; mean over the queries, maximum over the heads. Products are computed
+again where a block has many rows; where it has one query, what takes time is reading keys, and they were written down.
 `_normalise`: divides by the block's sum.
 
 Pieces and tiles have a fixed size and are added in order, so that a block's result never depends on what else is in
@@ -201,9 +201,8 @@ def _sum_pieces(
         )  # fmt: skip
         if STORED:
             line = ((g.to(tl.int64) * num + n) * HEADS + m) * width
-            tl.store(
-                logits_ptr + line[:, None] + column[None], scores, mask=(m < HEADS)[:, None] & (column < stop)[None]
-            )
+            there = (m < HEADS)[:, None] & (column < stop)[None]
+            tl.store(logits_ptr + line[:, None] + column[None], scores, mask=there)
         top = tl.maximum(best, tl.max(scores, 1))
         shift = tl.where(top == -float("inf"), 0.0, top)  # all released so far
         total = total * tl.exp2(best - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
