@@ -1,8 +1,7 @@
 """Three passes over the past columns (pages, or tokens for score_tokens.py) of each query block.
 
 `_sum_pieces`: for each packed row and each piece of columns, the logarithm of the sum of exponentials.
-`_share_columns`: with these, each column's softmax; mean over the queries, maximum over the heads. Products are computed
-again where a block has many rows; where it has one query, what takes time is reading keys, and they were written down.
+`_share_columns`: with these, each column's softmax; mean over the queries, maximum over the heads.
 `_normalise`: divides by the block's sum.
 
 Pieces and tiles have a fixed size and are added in order, so that a block's result never depends on what else is in
@@ -69,7 +68,8 @@ def mass(
         kv.table, kv.heads, blocks.seq, blocks.token, blocks.pos, blocks.count,
         *q.stride()[:2], *strides, kv.table.stride(0), LOG2_E * scale, kv.ratio, blocks.size, num, rows,
     )  # fmt: skip
-    # Of single tokens it would be more than their labels.
+    # One query's products take less time to read again than the keys; many queries' less to compute again. For single
+    # tokens they would be more than the labels.
     stored = blocks.size == 1 and per_page == 1
     logits = torch.empty(groups, num, options["HEADS"], width, dtype=torch.float32, device=q.device) if stored else lse
     flags["STORED"] = stored
