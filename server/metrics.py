@@ -59,7 +59,9 @@ class Metrics:
         )
         self._step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS)
         self._step = self._histogram("gossamer:step_seconds", "Time of a step.", _STEP)
-        self._model = self._histogram("gossamer:step_model_seconds", "Time of a step inside the model.", _STEP)
+        self._model = self._histogram(
+            "gossamer:step_model_seconds", "Time of a step inside the model (on a GPU: to launch it).", _STEP
+        )
         self._select = self._histogram(
             "gossamer:step_select_seconds", "Time of a step spent choosing keys (on a CPU).", _STEP
         )

@@ -120,6 +120,30 @@ def test_sizes_are_recorded_ahead(checkpoint: Path, model: Model) -> None:
     assert record.recorded == 6 and record.replayed == 1
 
 
+def test_sizes_without_memory_are_served_without(checkpoint: Path, model: Model) -> None:
+    record, said = FakeRecorder(), list[str]()
+
+    def two(run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
+        if record.recorded == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(run)
+
+    engine = engine_of(checkpoint, model, None)
+    graphs = DecodeGraphs(model, engine.cache, 3, 70, two)
+    engine._loop.executor.graphs = graphs
+    graphs.record_ahead(POLICY.points[0], said.append)
+    assert said == [
+        "Recorded decode steps of up to 3 sequences and 70 pages as 2 graphs; for 4 sizes there was not enough memory"
+    ]
+    assert (
+        not graphs.broken
+        and graphs.run([Token(0, 0, POLICY.points[0], engine.cache.table([KeepAll()] * 2, b""))]) is None
+    )
+    plain = answers(engine_of(checkpoint, model, None), ("exact",) * 3)
+    for mine, theirs in zip(answers(engine, ("exact",) * 3), plain, strict=True):
+        assert mine.tokens() == theirs.tokens()
+
+
 def test_a_model_that_cannot_be_recorded_is_served_without(checkpoint: Path, model: Model) -> None:
     def refuse(run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         raise RuntimeError("operation not permitted when stream is capturing")

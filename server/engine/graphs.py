@@ -84,7 +84,8 @@ class DecodeGraphs:
     most_pages: int  # of a sequence
     record: Record
     broken: bool = False  # a recording failed: some models decide on the host
-    _made: dict[tuple[int, int, frozenset[OperatingPoint]], Recording] = field(default_factory=dict)
+    # None: there was not enough memory for it
+    _made: dict[tuple[int, int, frozenset[OperatingPoint]], Recording | None] = field(default_factory=dict)
 
     def run(self, tokens: Sequence[Token]) -> tuple[Tensor, Reads] | None:
         """Logits [len(tokens), V] until the next call, and what was read; None where there can be no recording."""
@@ -116,9 +117,14 @@ class DecodeGraphs:
         # The largest first, so that the others fit into its memory.
         for width in reversed(pages):
             for height in reversed(rows):
-                if self._recording(height, width, frozenset({point})) is None:
+                self._recording(height, width, frozenset({point}))
+                if self.broken:
                     return
-        report(f"Recorded decode steps of up to {rows[-1]} sequences and {pages[-1]} pages as {len(self._made)} graphs")
+        made = [key for key, recording in self._made.items() if recording is not None]
+        report(
+            f"Recorded decode steps of up to {rows[-1]} sequences and {pages[-1]} pages as {len(made)} graphs"
+            + (f"; for {len(self._made) - len(made)} sizes there was not enough memory" * (len(made) < len(self._made)))
+        )
 
     def _rows(self, rows: int) -> int:
         return int(min(self.most_rows, 1 << (rows - 1).bit_length()))
@@ -134,6 +140,9 @@ class DecodeGraphs:
         if key not in self._made and not self.broken:
             try:
                 self._made[key] = self._make(rows, pages, tuple(points))
+            except torch.OutOfMemoryError:
+                self._made[key] = None
+                _log.info("no memory to record a decode step of %d sequences and %d pages", rows, pages)
             except RuntimeError:
                 self.broken = True
                 _log.warning(

@@ -13,7 +13,7 @@ class StepRecord:
     generated_tokens: int
     sequences: int
     seconds: float  # of the whole step
-    model_seconds: float  # of the model's forward, attention included
+    model_seconds: float  # of the model's forward, attention included; on a GPU, until it is launched
     select_seconds: float  # of these, for choosing keys; 0 on a GPU
     attend_seconds: float  # of these, for attention itself; 0 on a GPU
 
