@@ -25,7 +25,6 @@ from triton.runtime import JITFunction, driver
 from gossamer.kernels import triton as forms
 
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def _pretended_gpu(capability: int, number: int) -> Iterator[None]:
 def _patched_tiles(capability: int) -> Iterator[None]:
     """Within, what kernels/triton/tiles.py says of any device is true of such a GPU. The launching modules import these
     functions by name."""
-    answers = {"capability": capability, "multiprocessors": MULTIPROCESSORS[capability]}
+    answers = {"capability": capability}
     with ExitStack() as stack:
         for module in _modules():
             for name, answer in answers.items():

@@ -268,7 +268,8 @@ def outcome(stage: Stage, place: Place, folder: Path, seconds: float, again: boo
     if seconds < (stage.limit / 2 if place.gpu else LEAST):
         return "left out: no time left in this call"
     part = file.with_suffix(".part.json")
-    part.unlink(missing_ok=True)
+    if stage.name != "tuning":  # which goes on from there
+        part.unlink(missing_ok=True)
     try:
         said = stage.work(place, run_for(min(stage.limit, seconds), place.environment), part)
     except Exception as reason:  # whatever it is, the next stage runs

@@ -85,9 +85,13 @@ class QueryBlocks:
 
     @classmethod
     def of(cls, size: int, rows: Sequence[BlockRow], device: torch.device | str = "cpu") -> "QueryBlocks":
-        """Tiles from host values; one transfer to the device."""
-        packed = torch.tensor(rows, dtype=torch.int32).view(-1, 4).T.contiguous().to(device, non_blocking=True)
-        return cls(size, tuple(rows), packed[0], packed[1], packed[2], packed[3])
+        """Tiles from host values; one transfer to the device. Each tensor begins at a multiple of 16 bytes: a kernel
+        is compiled anew for other addresses."""
+        packed = torch.zeros(4, -(-len(rows) // 4) * 4, dtype=torch.int32)
+        if rows:
+            packed[:, : len(rows)] = torch.tensor(rows, dtype=torch.int32).T
+        seq, token, pos, count = packed.to(device, non_blocking=True)[:, : len(rows)].unbind()
+        return cls(size, tuple(rows), seq, token, pos, count)
 
     def __len__(self) -> int:
         return len(self.rows)

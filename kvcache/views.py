@@ -14,6 +14,8 @@ from gossamer.kvcache.pool import PageArray, PagePool
 from gossamer.kvcache.summaries import Summary
 from gossamer.kvcache.table import PageTable
 
+GPU_WIDTHS = 16  # pages; tables there are as wide as a multiple of it, because kernels are compiled anew for others
+
 
 class _LayerSlice(NamedTuple):
     """The part of a group that lies in one layer."""
@@ -136,7 +138,10 @@ class ViewPlan:
 
     def views(self, tables: Sequence[PageTable]) -> StepViews:
         """One row per table, at least one, in the given order."""
-        packed = self._packed(tables, len(tables), max((table.num_pages for table in tables), default=0))
+        width = max((table.num_pages for table in tables), default=0)
+        if self._device.type != "cpu":
+            width = -(-width // GPU_WIDTHS) * GPU_WIDTHS
+        packed = self._packed(tables, len(tables), width)
         if self._device.type != "cpu":
             packed = Packed(packed.memory.to(self._device, non_blocking=True), packed.rows, packed.width)
         windows = np.stack([table.visible[1] for table in tables], axis=-1)  # [groups, B]

@@ -75,7 +75,7 @@ def engine_of(checkpoint: Path, model: Model, record: FakeRecorder | None, **opt
     engine, _ = make_engine(checkpoint, model=model, policy=POLICY, max_num_batched_tokens=1024, **options)
     if record is not None:
         executor = engine._loop.executor
-        executor.graphs = DecodeGraphs(model, executor.cache, most_rows=6, most_pages=16, record=record)
+        executor.graphs = DecodeGraphs(model, executor.cache, 6, 16, POLICY.points, record)
     return engine
 
 
@@ -110,14 +110,15 @@ def test_sizes_are_recorded_ahead(checkpoint: Path, model: Model) -> None:
     graphs = engine._loop.executor.graphs
     assert graphs is not None
     graphs.most_rows, graphs.most_pages = 3, 70
-    graphs.record_ahead(POLICY.points[0], said.append)
-    assert record.recorded == 6 and record.replayed == 0  # 1, 2 and 3 sequences; 64 and 70 pages
-    assert said == ["Recorded decode steps of up to 3 sequences and 70 pages as 6 graphs"]
+    graphs.record_ahead(said.append)
+    # 1, 2 and 3 sequences; 64 and 70 pages; either point, and both
+    assert record.recorded == 18 and record.replayed == 0
+    assert said == ["Recorded decode steps of up to 3 sequences and 70 pages as 18 graphs"]
     table = engine.cache.table([KeepAll()] * 2, b"")
     engine.cache.grow(table, 1)
     assert graphs.run([Token(0, 0, POLICY.points[0], table)]) is not None
     engine.cache.drop(table)
-    assert record.recorded == 6 and record.replayed == 1
+    assert record.recorded == 18 and record.replayed == 1
 
 
 def test_sizes_without_memory_are_served_without(checkpoint: Path, model: Model) -> None:
@@ -129,9 +130,9 @@ def test_sizes_without_memory_are_served_without(checkpoint: Path, model: Model)
         return record(run)
 
     engine = engine_of(checkpoint, model, None)
-    graphs = DecodeGraphs(model, engine.cache, 3, 70, two)
+    graphs = DecodeGraphs(model, engine.cache, 3, 70, POLICY.points[:1], two)
     engine._loop.executor.graphs = graphs
-    graphs.record_ahead(POLICY.points[0], said.append)
+    graphs.record_ahead(said.append)
     assert said == [
         "Recorded decode steps of up to 3 sequences and 70 pages as 2 graphs; for 4 sizes there was not enough memory"
     ]
@@ -149,7 +150,7 @@ def test_a_model_that_cannot_be_recorded_is_served_without(checkpoint: Path, mod
         raise RuntimeError("operation not permitted when stream is capturing")
 
     engine = engine_of(checkpoint, model, None)
-    engine._loop.executor.graphs = DecodeGraphs(model, engine.cache, 6, 16, refuse)
+    engine._loop.executor.graphs = DecodeGraphs(model, engine.cache, 6, 16, POLICY.points, refuse)
     plain = answers(engine_of(checkpoint, model, None), ("sparse",) * 3)
     for mine, theirs in zip(answers(engine, ("sparse",) * 3), plain, strict=True):
         assert mine.tokens() == theirs.tokens()

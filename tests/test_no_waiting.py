@@ -155,6 +155,17 @@ def test_every_family(gpu: None, tmp_path: Path, model: Model, cache: KVCache, f
     check_recorded(there, cache, ("exact",))
 
 
+@pytest.mark.parametrize(("activation", "fused"), [("silu", True), ("relu", False), ("gelu", False)])
+def test_only_activations_that_are_meant_are_fused(
+    gpu: None, tmp_path: Path, model: Model, activation: str, fused: bool
+) -> None:
+    module = on_gpu(save_tiny_model(tmp_path, hidden_act=activation), model).module
+    assert fuse(module, "llama")
+    layers = [each for name, each in module.named_modules() if name.endswith(".mlp")]
+    assert layers and all(("forward" in vars(each)) is fused for each in layers)
+    assert all("Liger" in name for name in norms(module))
+
+
 def norms(module: torch.nn.Module) -> list[str]:
     """What the norms of the layers call themselves."""
     return [each._get_name() for name, each in module.named_modules() if name.endswith("layernorm")]
@@ -165,7 +176,7 @@ def check_recorded(there: Model, cache: KVCache, names: tuple[str, ...]) -> None
         with no_waiting():
             return (lambda: None), run()
 
-    graphs = DecodeGraphs(there, cache, 4, 16, record)
+    graphs = DecodeGraphs(there, cache, 4, 16, every_backend().points, record)
     recording = graphs._make(4, 16, tuple(map(every_backend().point, names)))
     assert recording.logits.shape == (4, VOCAB) and recording.reads.read[True].shape == (4,)
 

@@ -76,7 +76,11 @@ def test_a_kernel_that_differs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_case_names_a_kernel_that_exists_and_none_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     module = load("one_of_each_kernel", monkeypatch)
     names = set(module.cases(32))
-    kernels = {path.stem for path in (BENCHMARKS.parent / "kernels" / "triton").glob("*.py")} - {"__init__", "tiles"}
+    kernels = {path.stem for path in (BENCHMARKS.parent / "kernels" / "triton").glob("*.py")} - {
+        "__init__",
+        "tiles",
+        "tuned",
+    }
     told = {"score_pages": "page_mass", "score_tokens": "label_mass", "antidiagonal": "antidiagonal_mass_8"}
     told |= {"probe": "probe_mass", "choose": "choose_count", "page_summaries": "page_means"}
     told |= {"dropped_pages": "add_dropped_pages"}

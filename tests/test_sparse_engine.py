@@ -1,6 +1,8 @@
 """Sparse requests in the real engine: neighbours, prefix hits, chunks and preemption do not change their answers."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, Operat
 from gossamer.attention.selectors import BlockSparse, Budget, DoubleSparsity, SinkRecent
 from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
 from gossamer.server.engine.model import Model
+from gossamer.server.engine.scheduler import Part
 
 RATIO, DIM = 2, 32
 FEW, MOST = Budget("tokens", 192), Budget("mass", 0.7, least=128)
@@ -77,6 +80,20 @@ def test_preempted(checkpoint: Path, model: Model, alone: dict[str, list[list[in
             assert answer.tokens()[:16] == alone["sparse"][1]
         assert len({tuple(answer.tokens()) for answer in asked}) == 1
         assert engine.stats().preemptions > 0
+
+
+def test_a_step_is_replayed_when_all_of_it_is_newest_tokens(checkpoint: Path, model: Model) -> None:
+    """A preempted sequence may have one old token to compute, whose logits nobody wants."""
+    engine, _ = make_engine(checkpoint, model=model)
+    executor = engine._loop.executor
+    seen: list[int] = []
+    executor.graphs = SimpleNamespace(run=lambda tokens: seen.append(len(tokens)))  # type: ignore[assignment]
+    sequence: Any = SimpleNamespace(tokens=[1, 2, 3, 4, 5], prompt_length=3, point=None, table=None)
+    newest, old, prompt = Part(sequence, 4, 1), Part(sequence, 3, 1), Part(sequence, 2, 1)
+    for parts in ([newest, old], [prompt], [newest, Part(sequence, 3, 2)]):
+        assert executor._replay(parts) is None and not seen
+    executor._replay([newest])
+    assert seen == [1]
 
 
 def test_warming_up_leaves_nothing_behind(checkpoint: Path, model: Model, alone: dict[str, list[list[int]]]) -> None:

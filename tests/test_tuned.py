@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gossamer.kernels.triton import paged_decode, tuned
+from gossamer.kernels.triton import tuned
 from gossamer.server.bench.layer import Layer, Shape
 
 CUDA = torch.device("cuda")
@@ -73,14 +73,15 @@ def test_every_kernel_that_has_tiles_is_tuned(script, monkeypatch: pytest.Monkey
         monkeypatch.setattr(script, "_attention", lambda *layer: indices.pop(0))
         monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: True))
         names = [case.name for case in script.cases(shape, 512, 3)]
-    kinds = ["paged_prefill"] * 3 + ["score_pages"] * 2 + ["antidiagonal"] * 2
-    assert [name.split()[0] for name in names] == kinds + ["paged_decode"] * 3 + ["score_pages"] * 3
+    kinds = ["paged_decode"] * 2 + ["score_pages"] * 3 + ["paged_prefill"] * 2 + ["score_pages"] * 2
+    assert [name.split()[0] for name in names] == [*kinds, "antidiagonal", "antidiagonal"]
+    assert len(set(names)) == len(names)
     assert "paged_decode dim=32 bytes=2 tokens=1" in names and "antidiagonal dim=32 bytes=2 stride=8" in names
 
 
 def layers(shape: Shape):  # type: ignore[no-untyped-def]
-    for layer in (Layer(shape, 1, 512), Layer(shape, 3, 512)):
-        blocks = layer.prompts() if layer.batch == 1 else layer.newest()
+    for layer, prompts in ((Layer(shape, 3, 512), False), (Layer(shape, 1, 512), True)):
+        blocks = layer.prompts() if prompts else layer.newest()
         yield layer, layer.queries(blocks), blocks
 
 
@@ -93,7 +94,7 @@ def test_the_fastest_tile_that_is_right_is_taken(script, known: dict[str, dict[s
     def run() -> Tensor:
         if options()["num_warps"] == 8 and options()["M"] == 32:
             raise RuntimeError("out of resource: shared memory")
-        return torch.full((3,), 1.0 if options()["num_stages"] != 6 else 2.0)
+        return torch.full((3,), 1e-6 if options()["num_stages"] != 6 else 1.1e-6)
 
     def seconds(run: Callable[[], Tensor]) -> float:
         run()
@@ -104,6 +105,14 @@ def test_the_fastest_tile_that_is_right_is_taken(script, known: dict[str, dict[s
     assert script.tune(script.Case("some dim=64", own, run), lambda run: 1.0) is None
 
 
-def test_decode_takes_its_programs_from_the_file(known: dict[str, dict[str, int]]) -> None:
-    own = paged_decode.tile(128, 2, 4)
-    assert "per_sm" not in own and paged_decode.PER_SM > 0
+def test_what_was_not_written_is_wrong(script) -> None:  # type: ignore[no-untyped-def]
+    right = torch.tensor([1e-5, 2e-5])
+    assert script.difference(right.clone(), right) == 0
+    assert script.difference(torch.tensor([1e-5, float("nan")]), right) == float("inf")
+    assert script.difference(torch.zeros(2), right) == 1
+
+
+def test_tuning_ends_when_its_time_is_over(script, known: dict[str, dict[str, int]]) -> None:  # type: ignore[no-untyped-def]
+    case = script.Case("some", {"M": 64, "num_warps": 4, "num_stages": 3}, lambda: torch.ones(2))
+    with pytest.raises(TimeoutError):
+        script.tune(case, lambda run: 1.0, ends=0.0)

@@ -19,7 +19,7 @@ from gossamer.kernels.triton.tuned import tuned
 
 LEAST_PAGES = 8  # in a piece; shorter ones cost more to join than they gain
 MOST_PIECES = 64  # of a row, longer ones get longer pieces; a power of two
-PER_SM = 4  # programs that share a multiprocessor
+PER_SM = 2  # programs that share a multiprocessor: by their registers and memory no more fit, from 128 dimensions on
 
 
 def tile(dim: int, itemsize: int, ratio: int) -> dict[str, int]:
@@ -194,8 +194,6 @@ def _join_pieces(
     n, g = tl.program_id(0), tl.program_id(1)
     row = g * tl.num_programs(0) + n
     first, end = tl.load(first_ptr + row), tl.load(first_ptr + row + 1)
-    if first == end:
-        return  # a place that is kept free: there is no query
     r, d = tl.arange(0, M), tl.arange(0, WIDE)
     real = r < ratio
     best = tl.full((M,), -float("inf"), tl.float32)
@@ -217,5 +215,6 @@ def _join_pieces(
         acc = acc * decay[:, None]
     token = tl.load(token_ptr + n).to(tl.int64)
     out_at = out_ptr + token * out_t + (head * out_h)[:, None] + d[None]
+    total = tl.where(first < end, total, 1.0)  # a place that is kept free has no query, and gets 0
     tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=real[:, None] & (d < DIM)[None])
     tl.store(lse_ptr + token * lse_t + head * lse_h, (best + tl.log2(total)) * LN_2, mask=real)

@@ -54,7 +54,14 @@ def mass(
     assert q.stride(-1) == keys.stride(-1) == 1
     itemsize = keys.element_size() if q.dtype == keys.dtype else 4  # where they differ, both are widened
     options = tile(dim, itemsize, blocks.size, kv.ratio, bounds=subs > 0)
-    what = {"dim": dim, "bytes": itemsize, "single": blocks.size == 1, "subs": subs, "tokens": per_page > 1}
+    what = {
+        "dim": dim,
+        "bytes": itemsize,
+        "single": blocks.size == 1,
+        "subs": subs,
+        "tokens": per_page > 1,
+        "heads": options["HEADS"],
+    }
     options = tuned("score_pages", options, q.device, **what)
     parts = triton.cdiv(blocks.size * options["HEADS"], options["M"])
     pieces, tiles = triton.cdiv(width, PIECE), triton.cdiv(width, options["COLUMNS"])

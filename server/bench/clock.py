@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 FLUSHED = 1 << 28  # bytes; more than any GPU caches
+AHEAD = 2_000_000  # cycles, about a millisecond
 Calls = Mapping[str, Callable[[], object]]
 
 
@@ -37,12 +38,14 @@ def _round_on_cpu(calls: Calls) -> dict[str, float]:
 
 
 def _round_on_gpu(calls: Calls) -> dict[str, float]:
-    """Filling the cache takes as long as the host needs to get ahead of the device."""
+    """The device waits before each call until the host has launched all of it: gaps between launches do not count."""
     flush = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
+    torch.cuda.synchronize()
     events = {}
     for name, call in calls.items():
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
+        torch.cuda._sleep(AHEAD)
         begin.record()
         call()
         end.record()

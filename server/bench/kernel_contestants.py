@@ -45,7 +45,7 @@ class Contestant:
     density: float | None = None  # share of the causal (query, key) pairs; None where the operation attends to nothing
 
 
-class Phase:
+class Contest:
     """Queries of one layer, prompts or single tokens, and what their contestants share."""
 
     def __init__(self, layer: Layer, blocks: QueryBlocks, budget: Budget) -> None:
@@ -201,31 +201,31 @@ class Phase:
 
 def prefill(layer: Layer, share: float, refused: Callable[[str], None]) -> list[Contestant]:
     """A whole prompt in one step."""
-    phase = Phase(layer, layer.prompts(), Budget("share", share))
+    contest = Contest(layer, layer.prompts(), Budget("share", share))
     return [
-        *phase.attentions(),
-        *phase.peers(refused),
-        *phase.page_scores(),
-        phase.antidiagonal_scores(8),
-        phase.antidiagonal_scores(16),
-        phase.probe(),
-        *phase.choices(),
-        phase.dropped_pages(),
-        phase.store(),
-        *phase.summaries(),
+        *contest.attentions(),
+        *contest.peers(refused),
+        *contest.page_scores(),
+        contest.antidiagonal_scores(8),
+        contest.antidiagonal_scores(16),
+        contest.probe(),
+        *contest.choices(),
+        contest.dropped_pages(),
+        contest.store(),
+        *contest.summaries(),
     ]
 
 
 def decode(layer: Layer, tokens: int, refused: Callable[[str], None]) -> list[Contestant]:
     """One more token of every sequence."""
-    phase = Phase(layer, layer.newest(), Budget("tokens", tokens))
+    contest = Contest(layer, layer.newest(), Budget("tokens", tokens))
     return [
-        *phase.attentions(),
-        *phase.peers(refused),
-        *phase.page_scores(),
-        phase.bound_scores(),
-        phase.label_scores(),
-        *phase.choices(),
-        phase.token_choice(tokens),
-        phase.store(),
+        *contest.attentions(),
+        *contest.peers(refused),
+        *contest.page_scores(),
+        contest.bound_scores(),
+        contest.label_scores(),
+        *contest.choices(),
+        contest.token_choice(tokens),
+        contest.store(),
     ]

@@ -10,6 +10,7 @@ from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.packaged import find_policy_file, packaged_policies
 from gossamer.attention.policy import AttentionPolicy, dense_policy, within_windows
 from gossamer.attention.policy_file import PolicyError, check_model, load_policy_file
+from gossamer.kernels.dense_prefill import LEAST_QUERIES
 from gossamer.kernels.layout import PAGE_SIZE
 from gossamer.kvcache.cache import KVCache
 from gossamer.kvcache.groups import HeadGroup, group_heads
@@ -98,14 +99,10 @@ def assemble(
         raise StartupError(
             f"There is not enough memory for a KV cache of {sizing.token_capacity} tokens; lower --kv-cache-memory."
         ) from error
-    graphs = None
-    if config.cuda_graphs and model.device.type == "cuda":
-        graphs = DecodeGraphs(model, cache, config.max_num_seqs, -(-longest // PAGE_SIZE), CudaRecorder())
-        graphs.record_ahead(policy.point(default), report)
     limits = Limits(config.max_num_seqs, step_tokens, config.max_step_seconds)
     scheduler = Scheduler(cache, limits, Pace(shape.attention_crossover), config.enable_prefix_caching)
     load = QueueLoad(config.queued_requests, config.max_queued_tokens or 4 * max(sizing.token_capacity, longest))
-    loop = Loop(scheduler, Executor(model, cache, Sampler(), graphs), load, metrics, audit)
+    loop = Loop(scheduler, Executor(model, cache, Sampler()), load, metrics, audit)
     card = ModelCard(
         name=config.names[0],
         names=config.names,
@@ -128,9 +125,35 @@ def assemble(
         seed=config.seed,
     )
     if model.device.type == "cuda":
-        report("Compiling kernels")
-        engine.warm_up(min(step_tokens, longest))
+        _prepare(engine, loop.executor, config, min(step_tokens, longest - 1), -(-longest // PAGE_SIZE), report)
     return engine
+
+
+def _prepare(
+    engine: Engine, executor: Executor, config: ServerConfig, tokens: int, pages: int, report: Callable[[str], None]
+) -> None:
+    """Compile the kernels and record decode steps, before the first request comes. Prompts keep the memory that the
+    longest step needs."""
+    device, cache = executor.model.device, executor.cache
+    report("Compiling kernels")
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        for prompt in (tokens, min(tokens, LEAST_QUERIES - 1)):  # torch's attention, and ours
+            if prompt > 0:
+                engine.warm_up(prompt)
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"There is not enough memory for a step of {tokens} tokens beside the KV cache; lower "
+            "--gpu-memory-utilization, --kv-cache-memory or --max-num-batched-tokens."
+        ) from error
+    if config.cuda_graphs:
+        points = tuple(engine.point(name) for name in dict.fromkeys((engine.default_point, *engine.points)))
+        needed = torch.cuda.max_memory_allocated(device) - before
+        executor.graphs = DecodeGraphs(
+            executor.model, cache, config.max_num_seqs, pages, points, CudaRecorder(), kept_free=needed
+        )
+        executor.graphs.record_ahead(report)
 
 
 def _size_cache(

@@ -176,10 +176,14 @@ class Engine:
     def _point(self, request: Request) -> OperatingPoint:
         return self._policy.point(request.point or self.default_point)
 
+    def point(self, name: str) -> OperatingPoint:
+        """An operating point of the policy. Raises KeyError."""
+        return self._policy.point(name)
+
     def warm_up(self, tokens: int) -> None:
-        """Compute a prompt of so many tokens at the default point, before the engine starts."""
-        point = self._policy.point(self.default_point)
-        self._loop.executor.warm_up(point, self._rules(point), tokens)
+        """Compute a prompt of so many tokens at every point that may be asked for, before the engine starts."""
+        for point in map(self._policy.point, dict.fromkeys((self.default_point, *self.points))):
+            self._loop.executor.warm_up(point, self._rules(point), tokens)
 
     def _rules(self, point: OperatingPoint) -> tuple[Retention, ...]:
         """Per group of heads, what it keeps at this operating point."""

@@ -70,14 +70,15 @@ class Executor:
         )
 
     def warm_up(self, point: OperatingPoint, rules: Items[Retention], tokens: int) -> None:
-        """Compute a prompt of so many tokens, so that what it needs is compiled, and forget it."""
+        """Compute a prompt of so many tokens and one token more, so that what they need is compiled, and forget it."""
         table = self.cache.table(rules, b"")
-        self.cache.grow(table, tokens)
+        device, ratio = self.model.device, self.model.shape.ratio
         try:
-            device, span = self.model.device, Span(0, tokens, tokens)
-            step = plan_step([span], self.cache.views([table]), [point], self.model.shape.ratio, device)
-            inputs = _to_device([[0] * tokens, _positions([span])], device)
-            self.model.forward(inputs[0], inputs[1], step, _to_device([tokens - 1], device))
+            for span in (Span(0, tokens, tokens), Span(tokens, 1, tokens)):
+                self.cache.grow(table, span.new)
+                step = plan_step([span], self.cache.views([table]), [point], ratio, device)
+                inputs = _to_device([[0] * span.new, _positions([span])], device)
+                self.model.forward(inputs[0], inputs[1], step, _to_device([span.new - 1], device))
         finally:
             self.cache.drop(table)
 
@@ -96,7 +97,7 @@ class Executor:
 
     def _replay(self, parts: Items[Part]) -> tuple[Tensor, Reads, BlockRows] | None:
         """The same by a recorded graph, where every sequence has one generated token to compute."""
-        if self.graphs is None or any(part.new > 1 or part.first < part.sequence.prompt_length for part in parts):
+        if self.graphs is None or not all(_generates(part) for part in parts):
             return None
         sequences = [part.sequence for part in parts]
         tokens = [
@@ -139,6 +140,11 @@ class Executor:
             return False
         sequence.prompt_logprobs = known
         return True
+
+
+def _generates(part: Part) -> bool:
+    """Whether it is the newest token of a sequence, behind its prompt."""
+    return part.new == 1 and part.samples and part.first >= part.sequence.prompt_length
 
 
 def _to_device(numbers: list[int] | list[list[int]], device: torch.device) -> Tensor:

@@ -12,8 +12,7 @@ def fuse(module: nn.Module, family: str) -> bool:
     """Let this model's norms and gated activations run as one kernel each; whether that was done.
 
     Rotary embeddings stay as they are: Liger-Kernel replaces their function for all models of the family. What it
-    replaces so for norms and activations, the classes of models to come, is put back. Experts keep their activations:
-    Liger-Kernel's read from the device how many tokens each got.
+    replaces so for norms and activations, the classes of models to come, is put back.
     """
     if importlib.util.find_spec("liger_kernel") is None:
         return False
@@ -23,9 +22,7 @@ def fuse(module: nn.Module, family: str) -> bool:
     if patch is None:
         return False
     names = signature(patch).parameters
-    experts = any(name.endswith(".experts") for name, _ in module.named_modules())
-    fused = ("rms_norm",) if experts else ("rms_norm", "swiglu", "geglu")
-    wanted = {name: name in fused for name in names if name != "model"}
+    wanted = {name: name in ("rms_norm", _gated(module)) for name in names if name != "model"}
     source = vars(sys.modules[type(module).__module__])
     before = dict(source)
     try:
@@ -33,3 +30,13 @@ def fuse(module: nn.Module, family: str) -> bool:
     finally:
         source.update(before)
     return True
+
+
+def _gated(module: Any) -> str:
+    """Liger-Kernel's name for the model's gated activation, "" where it has none: it would not look. Experts keep
+    theirs, because Liger-Kernel's read from the device how many tokens each got."""
+    if any(name.endswith(".experts") for name, _ in module.named_modules()):
+        return ""
+    names = (getattr(module.config, name, None) for name in ("hidden_activation", "hidden_act"))
+    activation = next((name for name in names if name is not None), "")
+    return {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}.get(activation, "")

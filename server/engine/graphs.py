@@ -7,7 +7,7 @@ same step may select the page that it lies in.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,16 +60,28 @@ class CudaRecorder:
     """Records CUDA graphs that share their memory: one is replayed at a time, and read before the next."""
 
     pool: Any = None
+    stream: Any = None  # one for all: libraries keep memory for each that they see
 
     def __call__(self, run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            run()  # kernels are compiled, and libraries take their memory
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            out = run()
+        before, mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
+        self.stream = self.stream or torch.cuda.Stream()
+        try:
+            self.stream.wait_stream(before)
+            with torch.cuda.stream(self.stream):
+                run()  # kernels are compiled, and libraries take their memory
+                torch.cuda.synchronize()
+                # What would wait for the device is refused here: it would break off a recording, which torch does not
+                # get over.
+                torch.cuda.set_sync_debug_mode("error")
+                run()
+            torch.cuda.set_sync_debug_mode(mode)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                out = run()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.set_stream(before)
+            torch.cuda.synchronize()  # before anything that a failed run uses is freed
         self.pool = graph.pool()
         return graph.replay, out
 
@@ -82,7 +94,9 @@ class DecodeGraphs:
     cache: KVCache
     most_rows: int  # sequences in a step
     most_pages: int  # of a sequence
+    points: tuple[OperatingPoint, ...]  # that requests may name
     record: Record
+    kept_free: int = 0  # bytes of the device's memory that recording leaves
     broken: bool = False  # a recording failed: some models decide on the host
     # None: there was not enough memory for it
     _made: dict[tuple[int, int, frozenset[OperatingPoint]], Recording | None] = field(default_factory=dict)
@@ -90,7 +104,7 @@ class DecodeGraphs:
     def run(self, tokens: Sequence[Token]) -> tuple[Tensor, Reads] | None:
         """Logits [len(tokens), V] until the next call, and what was read; None where there can be no recording."""
         pages = max(token.table.num_pages for token in tokens)
-        points = frozenset(token.point for token in tokens)
+        points = self._together(token.point for token in tokens)
         recording = self._recording(self._rows(len(tokens)), self._pages(pages), points)
         if recording is None:
             return None
@@ -107,24 +121,31 @@ class DecodeGraphs:
         self._summarise(recording, [Span(token.pos, 1, 0) for token in tokens])
         return recording.logits[: len(tokens)], recording.reads
 
-    def record_ahead(self, point: OperatingPoint, report: Callable[[str], None]) -> None:
-        """All sizes for steps whose sequences are all at this point, so that no request waits for them."""
+    def record_ahead(self, report: Callable[[str], None]) -> None:
+        """All sizes of steps whose sequences are at one point, and of mixed ones, so that no request waits for them."""
         rows, pages = list[int](), list[int]()
         while not rows or rows[-1] < self.most_rows:
             rows.append(self._rows(rows[-1] + 1 if rows else 1))
         while not pages or pages[-1] < self.most_pages:
             pages.append(self._pages(pages[-1] + 1 if pages else 1))
-        # The largest first, so that the others fit into its memory.
-        for width in reversed(pages):
-            for height in reversed(rows):
-                self._recording(height, width, frozenset({point}))
-                if self.broken:
-                    return
+        alone = [frozenset({point}) for point in self.points]
+        for points in alone + [frozenset(self.points)] * (len(alone) > 1):
+            # The largest first, so that the others fit into its memory.
+            for width in reversed(pages):
+                for height in reversed(rows):
+                    self._recording(height, width, points)
+                    if self.broken:
+                        return
         made = [key for key, recording in self._made.items() if recording is not None]
         report(
             f"Recorded decode steps of up to {rows[-1]} sequences and {pages[-1]} pages as {len(made)} graphs"
             + (f"; for {len(self._made) - len(made)} sizes there was not enough memory" * (len(made) < len(self._made)))
         )
+
+    def _together(self, points: Iterable[OperatingPoint]) -> frozenset[OperatingPoint]:
+        """The points that a recording is for: one alone, or all, so that there are not as many as mixtures."""
+        asked = frozenset(points)
+        return asked if len(asked) == 1 else frozenset(self.points) | asked
 
     def _rows(self, rows: int) -> int:
         return int(min(self.most_rows, 1 << (rows - 1).bit_length()))
@@ -139,18 +160,26 @@ class DecodeGraphs:
         key = (rows, pages, points)
         if key not in self._made and not self.broken:
             try:
-                self._made[key] = self._make(rows, pages, tuple(points))
-            except torch.OutOfMemoryError:
+                self._made[key] = self._make(rows, pages, tuple(points)) if self._has_room() else None
+            except RuntimeError as error:
                 self._made[key] = None
-                _log.info("no memory to record a decode step of %d sequences and %d pages", rows, pages)
-            except RuntimeError:
-                self.broken = True
-                _log.warning(
-                    "This model's decode step cannot be recorded as a CUDA graph; it is launched kernel by kernel, "
-                    "which is slower where few sequences run.",
-                    exc_info=True,
-                )
+                if not _lacks_memory(error):
+                    self.broken = True
+                    _log.warning(
+                        "This model's decode step cannot be recorded as a CUDA graph; it is launched kernel by kernel, "
+                        "which is slower where few sequences run.",
+                        exc_info=True,
+                    )
+            if self._made[key] is None:
+                _log.info("a decode step of %d sequences and %d pages is not recorded", rows, pages)
         return self._made.get(key)
+
+    def _has_room(self) -> bool:
+        if self.model.device.type != "cuda":
+            return True
+        free = torch.cuda.mem_get_info(self.model.device)[0]
+        unused = torch.cuda.memory_reserved(self.model.device) - torch.cuda.memory_allocated(self.model.device)
+        return free + unused > self.kept_free
 
     def _make(self, rows: int, pages: int, points: tuple[OperatingPoint, ...]) -> Recording:
         room, device = self.cache.room(rows, pages), self.model.device
@@ -184,3 +213,10 @@ class DecodeGraphs:
                 for kv, summaries in zip(views.layer(layer), views.summaries(layer), strict=True):
                     for summary in summaries:
                         summary.write(kv, filled)
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    """torch has a type for its own allocator alone; CUDA's libraries say it in words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in str(error) for sign in ("out of memory", "ALLOC_FAILED")
+    )
