@@ -80,11 +80,11 @@ def plan_step(
         QueryBlocks.of(1, single, device) if single else None,
         views,
         tuple(points),
-        filled_pages(spans, device),
+        _filled(spans, device),
     )
 
 
-def filled_pages(spans: Sequence[Span], device: torch.device | str) -> FilledPages | None:
+def _filled(spans: Sequence[Span], device: torch.device | str) -> FilledPages | None:
     """The pages that are full once the step's keys are stored, and were not before."""
     pairs = [
         (seq, page)

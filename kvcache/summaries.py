@@ -171,14 +171,17 @@ class GateKeys:
     def write(self, kv: PagedKV, filled: FilledPages) -> None:
         physical, first = filled.physical(kv).long(), filled.page * kv.page_size
         keys = kv.k[:, physical]
-        pooled = torch.empty(*keys.shape[:2], 3, keys.shape[3], device=keys.device)
+        pooled = torch.zeros(*keys.shape[:2], 3, keys.shape[3], device=keys.device)
         number = torch.arange(physical.numel(), dtype=torch.int32, device=keys.device)
+        number = torch.where(physical >= 0, number, -1)
         page_pools(keys, number, first, self.rotary.inv_freq, self.rotary.scaling, pooled)
         keys = pooled.flatten(2)[:, None] @ self.weight[kv.heads.long()].float()  # [G, K, f, E]
         if self.norm is not None:
             keys = torch.nn.functional.rms_norm(keys, self.norm.shape, self.norm.float(), 1e-6)
         table = kv.summaries[self.name]
-        table[:, physical] = self.turned.turn(keys, first.expand(keys.shape[:3])).transpose(1, 2).to(table.dtype)
+        found = self.turned.turn(keys, first.expand(keys.shape[:3])).transpose(1, 2).to(table.dtype)
+        there = (physical >= 0)[:, None, None]  # a page that was released stays as it is
+        table[:, physical] = torch.where(there, found, table[:, physical])
 
 
 def shapes_by_group(

@@ -111,21 +111,21 @@ def test_sizes_are_recorded_ahead(checkpoint: Path, model: Model) -> None:
     assert graphs is not None
     graphs.most_rows, graphs.most_pages = 3, 70
     graphs.record_ahead(said.append)
-    # 1, 2 and 3 sequences; 64 and 70 pages; either point, and both
-    assert record.recorded == 18 and record.replayed == 0
+    # 1, 2 and 3 sequences; 64 and 70 pages; either point, and both; each with one for summaries
+    assert record.recorded == 36 and record.replayed == 0
     assert said == ["Recorded decode steps of up to 3 sequences and 70 pages as 18 graphs"]
     table = engine.cache.table([KeepAll()] * 2, b"")
     engine.cache.grow(table, 1)
     assert graphs.run([Token(0, 0, POLICY.points[0], table)]) is not None
     engine.cache.drop(table)
-    assert record.recorded == 18 and record.replayed == 1
+    assert record.recorded == 36 and record.replayed == 1
 
 
 def test_sizes_without_memory_are_served_without(checkpoint: Path, model: Model) -> None:
     record, said = FakeRecorder(), list[str]()
 
     def two(run: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
-        if record.recorded == 2:
+        if record.recorded == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return record(run)
 

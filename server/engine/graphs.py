@@ -1,9 +1,9 @@
 """Decode steps that were recorded once: a CUDA graph launches a whole forward pass with one call from the host.
 
-A recording is for a number of sequences and of logical pages, and a set of operating points; a step takes the smallest
-that holds it and leaves the rest of its places free. Everything a step changes goes through two copies: the page tables
-(`Room`) and the tokens with their places. A summary of a page that the step filled is written after it: no token of the
-same step may select the page that it lies in.
+A recording is for a number of sequences and of logical pages, and a set of operating points; a step takes the
+smallest that holds it and leaves the rest of its places free. Everything a step changes goes through two copies: the
+page tables (`Room`) and the tokens with their places. Summaries of pages that became full are a recording of their
+own, for the steps that fill some: no token of the same step may select the page that it lies in.
 """
 
 import logging
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from gossamer.attention.policy import OperatingPoint
 from gossamer.attention.reads import Reads
-from gossamer.attention.step import Span, Step, filled_pages
-from gossamer.kernels.layout import BlockRow, QueryBlocks
+from gossamer.attention.step import Span, Step
+from gossamer.kernels.layout import PAGE_SIZE, BlockRow, QueryBlocks
 from gossamer.kvcache.cache import KVCache
+from gossamer.kvcache.summaries import FilledPages
 from gossamer.kvcache.table import PageTable
-from gossamer.kvcache.views import Room
+from gossamer.kvcache.views import Room, StepViews
 from gossamer.server.engine.model import Model
 
 _log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Recording:
     points: tuple[OperatingPoint, ...]
     inputs: Tensor  # [6 + points, rows] int64: token, position, the query block's four numbers, whether of each point
     replay: Callable[[], None]
+    summarise: Callable[[], None] | None  # what selectors know of the pages that the step filled; None: nothing
     logits: Tensor  # [rows, V]
     reads: Reads
 
@@ -118,7 +120,8 @@ class DecodeGraphs:
         inputs[:, : len(tokens)] = torch.tensor(numbers, dtype=torch.int64).T
         recording.inputs.copy_(inputs, non_blocking=True)
         recording.replay()
-        self._summarise(recording, [Span(token.pos, 1, 0) for token in tokens])
+        if recording.summarise is not None and any((token.pos + 1) % PAGE_SIZE == 0 for token in tokens):
+            recording.summarise()
         return recording.logits[: len(tokens)], recording.reads
 
     def record_ahead(self, report: Callable[[str], None]) -> None:
@@ -200,14 +203,21 @@ class DecodeGraphs:
             heads = reads.heads[True]
             return logits, reads.read[True]
 
-        replay, (logits, read) = self.record(run)
-        return Recording(room, points, inputs, replay, logits, Reads({True: read}, {True: heads}))
+        def summarise() -> Tensors:
+            self._summarise(room.views, inputs[2:6].int())
+            return ()
 
-    def _summarise(self, recording: Recording, spans: Sequence[Span]) -> None:
-        filled = filled_pages(spans, self.model.device)
-        if filled is None:
-            return
-        views = recording.room.views
+        replay, (logits, read) = self.record(run)
+        known = any(part for layer in range(self.model.shape.layers) for part in room.views.summaries(layer))
+        write = self.record(summarise)[0] if known else None
+        return Recording(room, points, inputs, replay, write, logits, Reads({True: read}, {True: heads}))
+
+    def _summarise(self, views: StepViews, blocks: Tensor) -> None:
+        """blocks [4, rows]. Sequences that filled no page write what the first one does that filled one."""
+        seq, _, pos, count = blocks.unbind()
+        full = ((pos + 1) % PAGE_SIZE == 0) & (count > 0)
+        row = torch.where(full, torch.arange(len(full), device=full.device), full.int().argmax())
+        filled = FilledPages(seq[row], pos[row] // PAGE_SIZE)
         with torch.inference_mode():
             for layer in range(self.model.shape.layers):
                 for kv, summaries in zip(views.layer(layer), views.summaries(layer), strict=True):
