@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from gossamer.attention.selectors.budget import Budget
-from gossamer.server.bench.layer import Layer as Noise
-from gossamer.server.bench.layer import Shape, paged
-from gossamer.server.bench.work import Ceilings, Layer, Tile, Work
+from gossamer.server.bench.layer import Layer, Shape, paged
+from gossamer.server.bench.work import Ceilings, Sizes, Tile, Work
 
 # Four query heads, two KV heads of 8, two bytes; a prompt of 200 tokens in tiles of 64: three full pages and one of 8.
-PROMPT = Layer(4, 2, 8, 2, 1, 200, (Tile(0, 64), Tile(64, 64), Tile(128, 64), Tile(192, 8)))
+PROMPT = Sizes(4, 2, 8, 2, 1, 200, (Tile(0, 64), Tile(64, 64), Tile(128, 64), Tile(192, 8)))
 # The last token of each of three sequences of 130.
-TOKENS = Layer(4, 2, 8, 2, 3, 130, (Tile(129, 1),) * 3)
+TOKENS = Sizes(4, 2, 8, 2, 3, 130, (Tile(129, 1),) * 3)
 
 
 def test_a_tile_knows_its_pages_and_pairs() -> None:
@@ -56,7 +55,7 @@ def test_scores() -> None:
 
 def test_the_antidiagonals_of_a_long_prompt_cost_a_part_of_dense() -> None:
     """n^2 d / S per head: half of one in `stride` of dense attention."""
-    long = Layer(4, 2, 8, 2, 1, 2**16, tuple(Tile(first, 64) for first in range(0, 2**16, 64)))
+    long = Sizes(4, 2, 8, 2, 1, 2**16, tuple(Tile(first, 64) for first in range(0, 2**16, 64)))
     dense = long.attention(long.dense_pairs, 0).operations
     assert long.antidiagonal_scores(16).operations / dense == pytest.approx(1 / 32, rel=0.01)
 
@@ -84,9 +83,9 @@ def test_the_roofline_is_the_slower_of_two() -> None:
 @pytest.mark.parametrize("prompt", [True, False])
 def test_what_is_counted_is_what_is_asked(heads: tuple[int, int], prompt: bool) -> None:
     """The layer of noise: its dense index names every page, its sparse one fewer, and pages are in their places."""
-    layer = Noise(Shape(*heads, 8, torch.float32, "cpu"), 1 if prompt else 3, 900)
+    layer = Layer(Shape(*heads, 8, torch.float32, "cpu"), 1 if prompt else 3, 900)
     blocks = layer.prompts() if prompt else layer.newest()
-    least = Layer(*heads, 8, 4, layer.batch, 900, tuple(Tile(row.pos, row.count) for row in blocks.rows))
+    least = Sizes(*heads, 8, 4, layer.batch, 900, tuple(Tile(row.pos, row.count) for row in blocks.rows))
     assert least.pairs(layer.dense(blocks).count.sum(0).tolist()) == least.dense_pairs
     budget = Budget("share", 0.25) if prompt else Budget("tokens", 256)
     mask, index = layer.sparse(blocks, layer.masses(blocks), budget)

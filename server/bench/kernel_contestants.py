@@ -57,7 +57,7 @@ class Contest:
         self.masses = layer.masses(blocks)
         self.mask, self.index = layer.sparse(blocks, self.masses, budget)
         self.entries = int(self.index.count.sum())
-        self.least = work.Layer(
+        self.least = work.Sizes(
             self.shape.query_heads,
             self.shape.kv_heads,
             self.shape.head_dim,

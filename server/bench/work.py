@@ -60,7 +60,7 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layer:
+class Sizes:
     """The sizes that every formula needs. tiles: of all sequences, `sequences` of `length` keys each."""
 
     query_heads: int
