@@ -83,7 +83,7 @@ def _launched(call: Callable[[], object], capability: int) -> list[tuple[JITFunc
     # before compilation with its specialisation data, JITFunction.preload, which compiles that, and driver.set_active.
     with ExitStack() as stack:
         stack.enter_context(_pretended_gpu(capability, capability))
-        stack.enter_context(_patched_tiles(capability))
+        stack.enter_context(_patched_capability(capability))
         stack.enter_context(knobs.runtime.scope())
         knobs.runtime.jit_cache_hook = note
         call()
@@ -117,15 +117,12 @@ def _pretended_gpu(capability: int, number: int) -> Iterator[None]:
 
 
 @contextmanager
-def _patched_tiles(capability: int) -> Iterator[None]:
-    """Within, what kernels/triton/tiles.py says of any device is true of such a GPU. The launching modules import these
-    functions by name."""
-    answers = {"capability": capability}
+def _patched_capability(capability: int) -> Iterator[None]:
+    """Within, every device has this capability, for the launching modules, which import the function by name."""
     with ExitStack() as stack:
         for module in _modules():
-            for name, answer in answers.items():
-                if hasattr(module, name):
-                    stack.enter_context(patch.object(module, name, lambda device, answer=answer: answer))
+            if hasattr(module, "capability"):
+                stack.enter_context(patch.object(module, "capability", lambda device: capability))
         yield
 
 

@@ -1,30 +1,17 @@
 """`gossamer bench kernels`: the real command on tiny shapes, and every wrong input."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import command_checks
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
 
 from gossamer.server.bench import ceilings, kernel_table
-from gossamer.server.cli import app
 
-TINY = (
-    "--device",
-    "cpu",
-    "--lengths",
-    "300,128",
-    "--heads",
-    "4,2,16",
-    "--batch",
-    "2",
-    "--tokens",
-    "128",
-    "--rounds",
-    "1",
-)
+SIZES = ("--lengths", "300,128", "--heads", "4,2,16", "--batch", "2", "--tokens", "128", "--rounds", "1")
+TINY = ("--device", "cpu", *SIZES)
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +21,10 @@ def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(table, "cpu", size)
 
 
-def run(*arguments: object) -> Result:
-    environment = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    result = CliRunner().invoke(app, ["bench", "kernels", *map(str, arguments)], env=environment)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def complaint(code: int, *arguments: object) -> str:
-    """The one sentence on standard error with which the command ends; nothing is printed before it."""
-    result = run(*arguments)
-    assert (result.exit_code, result.stdout) == (code, "")
-    assert result.stderr.startswith("gossamer: ") and result.stderr.endswith(".\n") and result.stderr.count("\n") == 1
-    return str(result.stderr)
+run, complaint = (
+    partial(command_checks.run, ("bench", "kernels")),
+    partial(command_checks.complaint, ("bench", "kernels")),
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,12 +1,8 @@
 """page_mass and bound_mass: the torch forms against the definition in float64, the Triton kernels against those."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from kernel_checks import run_interpreted
 from mass_cases import (
     SCALE,
     MassCase,
@@ -98,17 +94,7 @@ def test_queries_and_keys_of_a_gate_may_be_of_another_size_than_the_heads() -> N
 
 
 def test_triton_kernels_equal_their_torch_forms_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    here = Path(__file__).parent
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / "scores_interpreted.py")],
-        cwd=here.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    run_interpreted("scores_interpreted.py")
 
 
 @pytest.mark.gpu

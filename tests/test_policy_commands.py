@@ -5,12 +5,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_checks
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import save_file
 from tiny_models import FAMILIES
 from transformers import CONFIG_MAPPING
@@ -53,21 +54,7 @@ points:
 """
 
 
-def run(*arguments: object, **environment: str) -> Result:
-    result = CliRunner().invoke(
-        app, ["policy", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb", **environment}
-    )
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def complaint(code: int, *arguments: object) -> str:
-    """The one sentence on standard error with which a command ends; nothing is printed before it."""
-    result = run(*arguments)
-    assert (result.exit_code, result.stdout) == (code, "")
-    assert result.stderr.startswith("gossamer: ") and result.stderr.endswith(".\n") and result.stderr.count("\n") == 1
-    return str(result.stderr)
+run, complaint = partial(command_checks.run, ("policy",)), partial(command_checks.complaint, ("policy",))
 
 
 def write_labels(file: Path, last: int = HEAD_DIM - 1) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from gossamer.attention.policy import OperatingPoint
 from gossamer.attention.reads import Reads, SpanReads
-from gossamer.attention.step import Span, plan_step
+from gossamer.attention.step import Span, Step, plan_step
 from gossamer.kernels.layout import BlockRow
 from gossamer.kvcache.cache import KVCache
 from gossamer.kvcache.retention import Retention
+from gossamer.kvcache.table import PageTable
 from gossamer.server.engine.graphs import DecodeGraphs, Token
 from gossamer.server.engine.model import Model
 from gossamer.server.engine.request import TokenLogprob
@@ -72,13 +73,10 @@ class Executor:
     def warm_up(self, point: OperatingPoint, rules: Items[Retention], tokens: int) -> None:
         """Compute a prompt of so many tokens and one token more, so that what they need is compiled, and forget it."""
         table = self.cache.table(rules, b"")
-        device, ratio = self.model.device, self.model.shape.ratio
         try:
             for span in (Span(0, tokens, tokens), Span(tokens, 1, tokens)):
                 self.cache.grow(table, span.new)
-                step = plan_step([span], self.cache.views([table]), [point], ratio, device)
-                inputs = _to_device([[0] * span.new, _positions([span])], device)
-                self.model.forward(inputs[0], inputs[1], step, _to_device([span.new - 1], device))
+                self._compute([span], [table], [point], [0] * span.new, [span.new - 1])
         finally:
             self.cache.drop(table)
 
@@ -87,13 +85,23 @@ class Executor:
         tables = [part.sequence.table for part in parts]
         spans = [Span(part.first, part.new, part.sequence.prompt_length) for part in parts]
         points = [part.sequence.point for part in parts]
-        device = self.model.device
-        step = plan_step(spans, self.cache.views(tables), points, self.model.shape.ratio, device)
         tokens = [t for part in parts for t in part.sequence.tokens[part.first : part.first + part.new]]
-        inputs = _to_device([tokens, _positions(spans)], device)
-        logits = self.model.forward(inputs[0], inputs[1], step, _to_device(rows, device))
+        logits, step = self._compute(spans, tables, points, tokens, rows)
         prefill, decode = (blocks.rows if blocks is not None else () for blocks in (step.prefill, step.decode))
         return logits, step.reads, (prefill, decode)
+
+    def _compute(
+        self,
+        spans: Items[Span],
+        tables: Items[PageTable],
+        points: Items[OperatingPoint],
+        tokens: list[int],
+        rows: list[int],
+    ) -> tuple[Tensor, Step]:
+        device = self.model.device
+        step = plan_step(spans, self.cache.views(tables), points, self.model.shape.ratio, device)
+        inputs = _to_device([tokens, _positions(spans)], device)
+        return self.model.forward(inputs[0], inputs[1], step, _to_device(rows, device)), step
 
     def _replay(self, parts: Items[Part]) -> tuple[Tensor, Reads, BlockRows] | None:
         """The same by a recorded graph, where every sequence has one generated token to compute."""
