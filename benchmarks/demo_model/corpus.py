@@ -17,19 +17,10 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from gossamer.attention.profiling.text import SKIPPED_FOLDERS, library_files, split_of, tidy
+
 VOCABULARY = 4096
 SPECIAL = ("<|bos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-SKIPPED_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "lib2to3",
-    "__pycache__",
-    "nodejs",
-    "encodings",
-}
 DOCUMENT_END = "\0"
 MOST_BYTES = 200_000  # of one documentation file: a few changelogs would otherwise be most of the text
 
@@ -49,19 +40,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def split_of(name: str) -> str:
-    """`train` or `eval` (one file in ten), from the file's name alone."""
-    return "eval" if hashlib.sha256(name.encode()).digest()[0] < 26 else "train"
-
-
-def library_files(root: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of every source file of the standard library at `root`; the name is relative to it."""
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if SKIPPED_FOLDERS.isdisjoint(name.parts) and path.stat().st_size > 2000:
-            yield f"python/{name}", path.read_text(encoding="utf-8", errors="replace")
-
-
 def documentation_files(root: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of every plain-text file below `root`, gzip opened, at most `MOST_BYTES` of each."""
     for path in sorted(root.rglob("*")):
@@ -79,16 +57,6 @@ def documentation_files(root: Path) -> Iterator[tuple[str, str]]:
             raw = file.read(MOST_BYTES)
         if len(raw) > 2000 and b"\0" not in raw:
             yield f"debian/{name}", raw.decode("utf-8", errors="replace")
-
-
-def tidy(text: str) -> str:
-    """Lines without trailing blanks, tabs as spaces, at most one empty line in a row, none over 400 characters."""
-    kept: list[str] = []
-    for line in text.expandtabs(4).splitlines():
-        line = line.rstrip()[:400]
-        if line or (kept and kept[-1]):
-            kept.append(line)
-    return "\n".join(kept).strip("\n") + "\n"
 
 
 def collect(library: Path, documentation: Path | None) -> Iterator[tuple[str, str]]:

@@ -11,10 +11,10 @@ import json
 import sysconfig
 from pathlib import Path
 
-from corpus import library_files, split_of, tidy
 from transformers import AutoTokenizer
 
 from gossamer.attention.profiling.tasks import Filler, Prompt, Task, make_prompt
+from gossamer.attention.profiling.text import library_files, split_of, tidy
 
 DEMO = Path(__file__).parents[2] / "configs" / "models" / "gossamer-demo"
 

@@ -1,0 +1,183 @@
+"""From what was measured to operating points that hold their bounds: a budget is bisected, every plan is tried."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gossamer.attention.artefacts import Artefacts
+from gossamer.attention.policy import AttentionPolicy
+from gossamer.attention.policy_file import PolicyFile, Provenance
+from gossamer.attention.policy_view import PHASES, Phase
+from gossamer.attention.profiling.candidates import Candidate
+from gossamer.attention.profiling.cost import CostModel
+from gossamer.attention.profiling.fidelity import Fidelity, Trial, losses
+from gossamer.attention.profiling.findings import Found
+from gossamer.attention.profiling.profile import Attempt, Bound, Point, Rival, Settings
+from gossamer.attention.profiling.prompts import Document
+from gossamer.attention.profiling.search import DENSE, Assignment, Choice, Plan, Search
+from gossamer.attention.profiling.state import State
+from gossamer.attention.profiling.subject import CALIBRATED, SEARCHED, UNSEEN, Progress, Subject
+from gossamer.attention.profiling.writing import policy_file
+
+PROBED = 2  # questions of each document that heads are probed with
+WIDE, ROUNDS = 64.0, 7  # of the search for a budget: how far below the bound it begins, and bisections
+EXACT = "exact"
+
+
+@dataclass(slots=True)
+class Trials:
+    """Runs assignments on documents; what was run once is known."""
+
+    subject: Subject
+    settings: Settings
+    fidelity: Fidelity
+    state: State
+    progress: Progress
+    artefacts: Artefacts
+    candidates: Mapping[Phase, Sequence[Candidate]]
+    above: Mapping[Phase, Mapping[str, int]] = field(default_factory=lambda: {"prefill": {}, "decode": {}})
+    _documents: dict[int, list[Document]] = field(default_factory=dict)
+
+    def run(self, heads: Assignment, purpose: int, what: str) -> Trial:
+        """On the documents of a purpose, at all lengths."""
+        documents = self._of(purpose)
+        return self._trial(heads, documents, f"{purpose}", what)
+
+    def probe(self, heads: Assignment) -> float:
+        """Nats from dense, on a part of the calibration's documents of the shortest length."""
+        length = min(self.settings.lengths)
+        few = [
+            Document(each.task, each.length, each.seed, each.split, each.exchanges[:PROBED])
+            for each in self.subject.documents(self.settings, length, CALIBRATED)
+        ]
+        few = few[: len(few) // self.settings.documents]
+        return self._trial(heads, few, "probe", "").divergence()
+
+    def _of(self, purpose: int) -> list[Document]:
+        if purpose not in self._documents:
+            lengths = self.settings.lengths
+            self._documents[purpose] = [
+                each for length in lengths for each in self.subject.documents(self.settings, length, purpose)
+            ]
+        return self._documents[purpose]
+
+    def _trial(self, heads: Assignment, documents: Sequence[Document], purpose: str, what: str) -> Trial:
+        policy = self._policy(heads)
+        name = f"trial-{purpose}-{policy.points[0].fingerprint()}"
+
+        def run() -> Trial:
+            if what:
+                self.progress.begin(what, len(documents))
+            tick = self.progress.tick if what else _nothing
+            return self.fidelity.try_point(policy, documents, tick)
+
+        return self.state.value(name, Trial, run)
+
+    def file(self, points: Mapping[str, Assignment], name: str, provenance: Provenance) -> PolicyFile:
+        return policy_file(name, self.subject.entry, provenance, points, self.candidates, self.above)
+
+    def _policy(self, heads: Assignment) -> AttentionPolicy:
+        file = self.file({"tried": heads}, "tried", Provenance(source="profiled"))
+        return file.policy(self.artefacts)
+
+
+def _nothing() -> None: ...
+
+
+@dataclass(slots=True)
+class Chooser:
+    """Finds a plan for each bound, and says how it does where nothing was chosen."""
+
+    search: Search
+    trials: Trials
+    costs: CostModel
+    found: Mapping[Phase, Mapping[int, Found]]
+    attempts: list[Attempt] = field(default_factory=list)
+
+    def find(self, bound: Bound) -> Plan:
+        """The plan of the largest budget of predicted divergence that holds the bound when it is tried, as far as
+        bisecting tells; dense where none does."""
+        low, high = bound.divergence / WIDE, self.search.most
+        if self._holds(bound, high):
+            return self.search.plan(high)
+        best: Plan | None = None
+        for _ in range(ROUNDS):
+            middle = (low * high) ** 0.5
+            if self._holds(bound, middle):
+                best, low = self.search.plan(middle), middle
+            else:
+                high = middle
+        return best or self.search.judged(self._all_dense)
+
+    def _holds(self, bound: Bound, budget: float) -> bool:
+        """Whether the plan of this budget holds; every attempt is kept."""
+        plan = self.search.plan(budget)
+        known = next(
+            (each for each in self.attempts if each.point == bound.name and each.plan.heads == plan.heads), None
+        )
+        if known is not None:
+            return known.held
+        trial = self.trials.run(plan.heads, SEARCHED, f"{bound.name}: a plan at {100 * plan.cost:.0f}% of dense cost")
+        lost = max(losses(self._dense(SEARCHED), trial).values(), default=0.0)
+        diverged = trial.divergence()
+        held = lost <= bound.points and diverged <= bound.divergence
+        self.attempts.append(Attempt(bound.name, budget, plan, diverged, lost, held))
+        self.trials.progress.say(
+            f"{bound.name}: cost {100 * plan.cost:.1f}% of dense, {diverged:.4f} nats from it, "
+            f"{lost:.1f} points lost at most: {'holds' if held else 'too much'}"
+        )
+        return held
+
+    def _dense(self, purpose: int) -> Trial:
+        return self.trials.run(self._all_dense, purpose, "dense attention on other documents")
+
+    @property
+    def _all_dense(self) -> Assignment:
+        shape = self.trials.subject.shape
+        return ((DENSE,) * shape.kv_heads,) * shape.layers
+
+    def verify(self, plans: Mapping[str, tuple[Bound, Plan]]) -> list[Point]:
+        """Dense and all plans, on documents that nothing was chosen by."""
+        dense = self.search.judged(self._all_dense)
+        points = [self._point(EXACT, None, dense)]
+        return points + [self._point(name, bound, plan) for name, (bound, plan) in plans.items()]
+
+    def _point(self, name: str, bound: Bound | None, plan: Plan) -> Point:
+        lengths = self.trials.settings.lengths
+        return Point(
+            name,
+            bound,
+            plan,
+            self.trials.run(plan.heads, SEARCHED, f"{name} again"),
+            self.trials.run(plan.heads, UNSEEN, f"{name} on unseen documents"),
+            {phase: {n: self.search.density(plan, phase, n) for n in lengths} for phase in PHASES},
+            {length: self.search.memory(plan, length) for length in lengths},
+        )
+
+    def rivals(self, point: Point) -> list[Rival]:
+        """For each phase and kind of candidate the uniform choice that reads about as much as the point does."""
+        longest = max(self.trials.settings.lengths)
+        found = []
+        for phase in PHASES:
+            wanted = point.density[phase][longest]
+            for kind in dict.fromkeys(each.kind for each in self.trials.candidates[phase]):
+                own = [n for n, each in enumerate(self.trials.candidates[phase]) if each.kind == kind]
+                if kind == "dense":
+                    continue
+                density = {n: float(self.found[phase][longest].density[n].mean()) for n in own}
+                enough = [n for n in own if density[n] >= wanted] or [max(own, key=density.__getitem__)]
+                number = min(enough, key=density.__getitem__)
+                plan = self.search.judged(self._everywhere(point.plan, phase, number))
+                name = self.trials.candidates[phase][number].text
+                trial = self.trials.run(plan.heads, UNSEEN, f"{phase}: {name} for every head")
+                found.append(Rival(name, phase, plan, density[number], trial))
+        return found
+
+    def _everywhere(self, plan: Plan, phase: Phase, number: int) -> Assignment:
+        def own(choice: Choice) -> Choice:
+            prefill, decode = (number, choice.decode) if phase == "prefill" else (choice.prefill, number)
+            return Choice(prefill, decode, False)
+
+        free = self.trials.subject.shape.free
+        return tuple(
+            tuple(own(choice) for choice in row) if layer in free else row for layer, row in enumerate(plan.heads)
+        )

@@ -1,0 +1,138 @@
+"""How near an operating point comes to dense: divergence of next-token distributions, and answers to questions."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.attention.policy import AttentionPolicy
+from gossamer.attention.profiling.prompts import Document, Exchange
+from gossamer.attention.profiling.reading import Reader, Reading, Shape
+from gossamer.attention.reads import SpanReads
+
+NOTHING = SpanReads(0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One exchange under an operating point: `divergence` from dense in nats (Kullback-Leibler, mean over the answer's
+    tokens), `agreement`, the share of them where both would say the same token next, and how many of the strings that
+    a right answer holds are found when each token before is given."""
+
+    task: str
+    length: int
+    divergence: float
+    agreement: float
+    found: int
+    references: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """All exchanges under one operating point, and what was read of what could be, by length."""
+
+    scores: tuple[Score, ...]
+    reads: dict[int, SpanReads]
+
+    def cells(self) -> dict[tuple[str, int], "Cell"]:
+        """By task and length."""
+        found: dict[tuple[str, int], list[Score]] = {}
+        for score in self.scores:
+            found.setdefault((score.task, score.length), []).append(score)
+        return {key: Cell.of(own) for key, own in found.items()}
+
+    def divergence(self) -> float:
+        """The largest mean of any length, plain text and answers weighing the same."""
+        by_length: dict[int, dict[bool, list[float]]] = {}
+        for score in self.scores:
+            by_length.setdefault(score.length, {}).setdefault(score.references > 0, []).append(score.divergence)
+        return max(sum(sum(own) / len(own) for own in kinds.values()) / len(kinds) for kinds in by_length.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One task at one length."""
+
+    exchanges: int
+    divergence: float
+    agreement: float
+    accuracy: float | None  # None where nothing was asked
+    references: int
+
+    @classmethod
+    def of(cls, scores: Sequence[Score]) -> "Cell":
+        count, references = len(scores), sum(score.references for score in scores)
+        return cls(
+            count,
+            sum(score.divergence for score in scores) / count,
+            sum(score.agreement for score in scores) / count,
+            sum(score.found for score in scores) / references if references else None,
+            references,
+        )
+
+
+class Fidelity:
+    """Compares operating points with dense attention, which is run once for each document."""
+
+    def __init__(self, module: nn.Module, shape: Shape, dense: AttentionPolicy, chunk: int) -> None:
+        self._module, self._shape, self._dense, self._chunk = module, shape, dense, chunk
+        self._known: dict[str, list[Tensor]] = {}  # by document: log-probabilities [rows, V] of each exchange
+
+    def try_dense(self, documents: Iterable[Document], tick: Callable[[], None]) -> Trial:
+        return self._try(self._dense, documents, tick)
+
+    def try_point(self, policy: AttentionPolicy, documents: Iterable[Document], tick: Callable[[], None]) -> Trial:
+        """policy: its first operating point. tick: after each document."""
+        return self._try(policy, documents, tick)
+
+    def _try(self, policy: AttentionPolicy, documents: Iterable[Document], tick: Callable[[], None]) -> Trial:
+        scores: list[Score] = []
+        reads: dict[int, SpanReads] = {}
+        for document in documents:
+            own: list[Tensor] = []
+            read = NOTHING
+            for reading in self._read(policy, document):
+                own.append(reading.logits.log_softmax(-1))
+                read = read.plus(reading.reads)
+            if policy is self._dense:
+                self._known[document.name] = own
+            elif document.name not in self._known:
+                self._known[document.name] = [r.logits.log_softmax(-1) for r in self._read(self._dense, document)]
+            for exchange, dense, told in zip(document.exchanges, self._known[document.name], own, strict=True):
+                scores.append(_score(document, exchange, dense, told))
+            reads[document.length] = reads.get(document.length, NOTHING).plus(read)
+            tick()
+        return Trial(tuple(scores), reads)
+
+    def _read(self, policy: AttentionPolicy, document: Document) -> Iterator[Reading]:
+        reader = Reader(self._module, policy, room=document.room, chunk=self._chunk, shape=self._shape)
+        for exchange in document.exchanges:
+            yield reader.read(exchange.tokens, prompt=exchange.prompt, rows=list(exchange.rows))
+
+
+def _score(document: Document, exchange: Exchange, dense: Tensor, told: Tensor) -> Score:
+    divergence = (dense.exp() * (dense - told)).sum(-1).clamp(min=0).mean()
+    said = told.argmax(-1)
+    wanted = torch.tensor(exchange.tokens[exchange.prompt :])
+    right = said == wanted
+    first = exchange.prompt
+    return Score(
+        document.task,
+        document.length,
+        float(divergence),
+        float((said == dense.argmax(-1)).float().mean()),
+        sum(bool(right[a - first : b - first].all()) for a, b in exchange.references),
+        len(exchange.references),
+    )
+
+
+def losses(dense: Trial, trial: Trial) -> dict[tuple[str, int], float]:
+    """By task and length, accuracy lost against dense, in points (hundredths)."""
+    before, after = dense.cells(), trial.cells()
+    found = {}
+    for key, cell in after.items():
+        known = before[key].accuracy
+        if cell.accuracy is not None and known is not None:
+            found[key] = 100 * (known - cell.accuracy)
+    return found

@@ -1,0 +1,182 @@
+"""Profiling from beginning to end: read, measure, choose, verify. docs/profiling.md says why in this order."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gossamer.attention.artefacts import Artefacts
+from gossamer.attention.policy_file import Provenance
+from gossamer.attention.policy_view import PHASES, Phase
+from gossamer.attention.profiling.candidates import Candidate, ladder
+from gossamer.attention.profiling.choosing import Chooser, Trials
+from gossamer.attention.profiling.cost import CostModel, DeviceProfile, Reads, Weights
+from gossamer.attention.profiling.device import measure_device
+from gossamer.attention.profiling.fidelity import Fidelity
+from gossamer.attention.profiling.findings import Found
+from gossamer.attention.profiling.learning import calibrate, rank_channels
+from gossamer.attention.profiling.profile import Point, Profile, Settings
+from gossamer.attention.profiling.search import Assignment, Search
+from gossamer.attention.profiling.sensitivity import probes, sensitivities
+from gossamer.attention.profiling.state import State
+from gossamer.attention.profiling.stopwatch import Stopwatch
+from gossamer.attention.profiling.subject import Progress, Subject
+from gossamer.kernels.layout import PAGE_SIZE
+
+PROBE = (64, 128)  # sink and recent tokens that a head is probed with
+Candidates = dict[Phase, tuple[Candidate, ...]]
+
+
+@dataclass(slots=True)
+class Profiler:
+    """One profile on its way. Files that the policy names go into `folder`, their names beginning with `name`."""
+
+    subject: Subject
+    settings: Settings
+    folder: Path
+    name: str
+    state: State
+    progress: Progress
+    device: DeviceProfile | None = None
+    gates: str | None = None  # a file in `folder`
+    about: Mapping[str, str] = field(default_factory=dict)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+
+    def run(self) -> Profile:
+        """Raises ValueError for a length that is too short for the tasks."""
+        subject, stopwatch = self.subject, self.stopwatch
+        labels = f"{self.name}-labels.safetensors"
+        with stopwatch.stage("label channels"):
+            rank_channels(subject, self.settings, self.state, self.progress, self.folder / labels)
+        candidates: Candidates = {phase: ladder(phase, labels=labels, gates=self.gates) for phase in PHASES}
+        artefacts = Artefacts(self.folder, subject.shape.device)
+        with stopwatch.stage("device profile"):
+            device = self.device or self._measure_device(candidates, artefacts)
+        found, looks = calibrate(subject, self.settings, candidates, artefacts, self.state, self.progress, stopwatch)
+        costs = self._costs(device)
+        fidelity = Fidelity(subject.module, subject.shape, subject.dense(), subject.chunk)
+        trials = Trials(
+            subject,
+            self.settings,
+            fidelity,
+            self.state,
+            self.progress,
+            artefacts,
+            candidates,
+            _above(candidates, found, costs),
+        )
+        with stopwatch.stage("sensitivity of heads"):
+            sensitivity = self._probe(candidates, found, trials)
+        search = Search(candidates, found, sensitivity, costs, self._tables(candidates, artefacts), subject.shape.free)
+        chooser = Chooser(search, trials, costs, found)
+        with stopwatch.stage("search"):
+            plans = {bound.name: (bound, chooser.find(bound)) for bound in self.settings.bounds}
+        with stopwatch.stage("verification"):
+            points = chooser.verify(plans)
+        with stopwatch.stage("comparison"):
+            rivals = chooser.rivals(points[1]) if self.settings.compare and len(points) > 1 else []
+        best = [*points[1:], points[0]]  # the first operating point of a file is its default
+        provenance = Provenance(source="profiled", note=self._note(points[1:]))
+        return Profile(
+            file=trials.file({point.name: point.plan.heads for point in best}, self.name, provenance),
+            model=subject.entry,
+            shape=subject.shape,
+            settings=self.settings,
+            weights=costs.weights,
+            device=device,
+            candidates=candidates,
+            found=found,
+            looks=looks,
+            sensitivity=sensitivity,
+            attempts=tuple(chooser.attempts),
+            points=tuple(points),
+            rivals=tuple(rivals),
+            alphas=None,
+            gates=None,
+            spent=stopwatch.spent,
+            about=self.about,
+        )
+
+    def _measure_device(self, candidates: Candidates, artefacts: Artefacts) -> DeviceProfile:
+        def measure() -> DeviceProfile:
+            lengths = sorted({4096, max(self.settings.lengths)} if max(self.settings.lengths) > 4096 else {2048, 4096})
+            return measure_device(self.subject.shape, candidates, artefacts, lengths, self.progress.say)
+
+        return self.state.value("device", DeviceProfile, measure)
+
+    def _costs(self, device: DeviceProfile) -> CostModel:
+        shape = self.subject.shape
+        element = torch.empty(0, dtype=shape.dtype).element_size()
+        return CostModel(
+            device,
+            Weights.of(self.settings.goal, self.settings.memory),
+            self.settings.lengths,
+            shape.layers * shape.kv_heads,
+            2 * PAGE_SIZE * shape.head_dim * element,
+        )
+
+    def _tables(self, candidates: Candidates, artefacts: Artefacts) -> dict[Phase, list[dict[str, int]]]:
+        """Bytes of the page summaries that each candidate needs, per page and head."""
+        shape = self.subject.shape
+        element = torch.empty(0, dtype=shape.dtype).element_size()
+        found: dict[Phase, list[dict[str, int]]] = {}
+        for phase, own in candidates.items():
+            found[phase] = []
+            for each in own:
+                needed = each.selector(shape.free[0], shape, artefacts).summaries
+                sizes = {s.name: element * _product(s.shape(PAGE_SIZE, shape.head_dim)) for s in needed}
+                found[phase].append(sizes)
+        return found
+
+    def _probe(
+        self, candidates: Candidates, found: Mapping[Phase, Mapping[int, Found]], trials: Trials
+    ) -> dict[Phase, Tensor]:
+        shape = self.subject.shape
+        sizes, shortest = (shape.layers, shape.kv_heads), min(self.settings.lengths)
+        probe = {
+            phase: next(n for n, each in enumerate(own) if each.window == PROBE) for phase, own in candidates.items()
+        }
+        self.progress.begin("sensitivity of heads", len(probes(sizes, shape.free, probe)))
+
+        def diverged(assignment: Assignment) -> float:
+            nats = trials.probe(assignment)
+            self.progress.tick()
+            return nats
+
+        own = {phase: found[phase][shortest] for phase in PHASES}
+        return sensitivities(diverged, sizes, shape.free, probe, own)
+
+    def _note(self, points: Sequence[Point]) -> str:
+        lengths = ", ".join(map(str, self.settings.lengths))
+        held = "; ".join(
+            f"{point.name}: {point.unseen.divergence():.4f} nats from dense on unseen documents" for point in points
+        )
+        about = ", ".join(f"{key} {value}" for key, value in self.about.items())
+        return f"at {lengths} tokens, seed {self.settings.seed}; {held}; {about}."
+
+
+def _above(
+    candidates: Candidates, found: Mapping[Phase, Mapping[int, Found]], costs: CostModel
+) -> dict[Phase, dict[str, int]]:
+    """By kind, the length from which it is worth choosing at all, for the candidate that reads least."""
+    answer: dict[Phase, dict[str, int]] = {}
+    for phase, own in candidates.items():
+        answer[phase] = {}
+        for kind in dict.fromkeys(each.kind for each in own):
+            numbers = [n for n, each in enumerate(own) if each.kind == kind]
+            reads = {
+                length: Reads(*(min(float(part[n].mean()) for n in numbers) for part in (table.density, table.singles)))
+                for length, table in found[phase].items()
+            }
+            if kind not in ("dense", "sink-recent"):
+                answer[phase][kind] = costs.worth_it_above(phase, kind, reads)
+    return answer
+
+
+def _product(sizes: Sequence[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
