@@ -14,6 +14,7 @@ from gossamer.server.bench_commands import bench
 from gossamer.server.config import ConfigError, ServerConfig, default_text, flag_of, kind_of, make_config
 from gossamer.server.exits import fail
 from gossamer.server.policy_commands import policy
+from gossamer.server.profile_commands import profile
 
 app = typer.Typer(
     name="gossamer",
@@ -116,5 +117,6 @@ def _metavar(spec: "dataclasses.Field[Any]", kind: type) -> str:
 
 
 app.command("serve")(_with_flags(serve))
+app.command("profile")(profile)
 app.add_typer(policy)
 app.add_typer(bench)

@@ -5,7 +5,7 @@ attended to again, once per candidate, by the server's own selectors and kernels
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from gossamer.attention.profiling.candidates import Candidate
 from gossamer.attention.profiling.projection import gram_of_heads, output_weight, squared_errors
 from gossamer.attention.profiling.prompts import Exchange
 from gossamer.attention.profiling.reading import LayerCall, Shape
-from gossamer.attention.selectors import Dense, Selector
+from gossamer.attention.selectors import BlockSparse, Dense, LearnedGate, Proposal, Selector
 from gossamer.attention.selectors.base import CORRECTION
 from gossamer.attention.step import Step
 from gossamer.kernels.dropped_pages import add_dropped_pages
@@ -28,7 +28,8 @@ from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.kvcache.summaries import Summary
 
 REGIONS = ("asked", "text")  # question and answer; everything else
-TILES = 1  # query blocks of each chunk that are tried beside its last ones, and single queries times eight
+CHUNKS = 3  # that are tried, beside those of the question and the answer
+TILES = 2  # query blocks of each chunk that are tried beside its last ones, and single queries times four
 PROBED = 64  # the chunk's last queries are always tried: some candidates choose by them
 
 
@@ -85,6 +86,7 @@ class Calibration:
         self._step: Step | None = None
         self._tried: dict[Phase, QueryBlocks] = {}
         self._asked = 0
+        self._chunks: frozenset[int] = frozenset()
         self.tables: dict[Phase, Tables] = {}
 
     @property
@@ -95,12 +97,17 @@ class Calibration:
             rows.append([tuple(dict.fromkeys(each for s in own for each in s.summaries))] * self._shape.kv_heads)
         return rows
 
-    def begin(self, exchange: Exchange) -> None:
-        """Before an exchange is read."""
+    def begin(self, exchange: Exchange, chunk: int) -> None:
+        """Before an exchange is read, in chunks of so many tokens."""
         self._asked, self._step = exchange.question, None
+        starts = range(0, exchange.prompt, chunk)
+        self._chunks = frozenset(random.Random(self._seed).sample(starts, min(CHUNKS, len(starts))))
         self.tables = {phase: Tables.empty(len(own), self._shape) for phase, own in self._candidates.items()}
 
     def layer(self, call: LayerCall) -> None:
+        (span,) = call.step.spans
+        if span.first not in self._chunks and span.first + span.new <= self._asked:
+            return
         if call.step is not self._step:
             self._step, self._tried = call.step, self._choose(call.step)
             for phase, blocks in self._tried.items():
@@ -125,10 +132,11 @@ class Calibration:
         norm = (dense[token].float().flatten(1) @ weight.T).square().sum(-1).double()
         tables.norm[layer] += (member @ norm).cpu()
         tables.possible[layer] += _pages(index, blocks).cpu()
+        masses: dict[Hashable, Tensor] = {}
         for number, selector in enumerate(self._selectors[phase][layer]):
             window = self._windows[phase][number]
             if window is None:
-                out, lse, index = _attend(call, kv, blocks, selector)
+                out, lse, index = _attend(call, kv, blocks, selector, masses)
             else:
                 out, lse, index = _attend(call, _streaming(kv, *window), blocks, Dense())
             kept = (lse[token] - dense_lse[token]).exp().clamp(max=1).unflatten(1, (self._shape.kv_heads, -1)).mean(2)
@@ -155,7 +163,7 @@ class Calibration:
             chosen = {n for n, row in enumerate(rows) if row.pos + row.count > min(last - PROBED, self._asked)}
             chosen |= set(rng.sample(range(len(rows)), min(TILES, len(rows))))
             tried["prefill"] = step.prefill.take(sorted(chosen))
-            for row in rng.sample(rows, min(8 * TILES, len(rows))):
+            for row in rng.sample(rows, min(4 * TILES, len(rows))):
                 at = rng.randrange(row.count)
                 single.append(BlockRow(row.seq, row.token + at, row.pos + at, 1))
         tried["decode"] = QueryBlocks.of(1, sorted(single, key=lambda row: row.pos), self._shape.device)
@@ -174,10 +182,21 @@ def _streaming(kv: PagedKV, sink: int, recent: int) -> PagedKV:
 
 
 def _attend(
-    call: LayerCall, kv: PagedKV, blocks: QueryBlocks, selector: Selector
+    call: LayerCall,
+    kv: PagedKV,
+    blocks: QueryBlocks,
+    selector: Selector,
+    masses: dict[Hashable, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, SparseIndex]:
-    """out [T, H, D] and lse [T, H], of which the blocks' rows are written, and what was read."""
-    index = build_index(selector.propose(call.q, kv, blocks, call.scale), kv, blocks)
+    """out [T, H, D] and lse [T, H], of which the blocks' rows are written, and what was read. masses: what selectors
+    with different budgets share."""
+    if masses is not None and isinstance(selector, BlockSparse | LearnedGate):
+        if selector.scored_by not in masses:
+            masses[selector.scored_by] = selector.mass(call.q, kv, blocks, call.scale)
+        proposal = Proposal(selector.budget.pages(masses[selector.scored_by], kv, blocks))
+    else:
+        proposal = selector.propose(call.q, kv, blocks, call.scale)
+    index = build_index(proposal, kv, blocks)
     out = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device)
     lse = torch.empty(call.q.shape[:2], dtype=torch.float32, device=call.q.device)
     attend = paged_decode if blocks.size == 1 else paged_prefill

@@ -101,6 +101,6 @@ def _read(subject: Subject, document: Document, watcher: _Both) -> dict[str, Ten
         watcher=watcher,
     )
     exchange = document.exchanges[0]
-    watcher.calibration.begin(exchange)
+    watcher.calibration.begin(exchange, subject.chunk)
     reader.read(exchange.tokens, prompt=exchange.prompt, rows=())
     return {**flatten(watcher.calibration.tables), **watcher.statistics.looks.flat()}

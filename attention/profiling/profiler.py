@@ -16,6 +16,7 @@ from gossamer.attention.profiling.cost import CostModel, DeviceProfile, Reads, W
 from gossamer.attention.profiling.device import measure_device
 from gossamer.attention.profiling.fidelity import Fidelity
 from gossamer.attention.profiling.findings import Found
+from gossamer.attention.profiling.gate_training import gates_against_pooled_keys, train_gates
 from gossamer.attention.profiling.learning import calibrate, rank_channels
 from gossamer.attention.profiling.profile import Point, Profile, Settings
 from gossamer.attention.profiling.search import Assignment, Search
@@ -40,7 +41,6 @@ class Profiler:
     state: State
     progress: Progress
     device: DeviceProfile | None = None
-    gates: str | None = None  # a file in `folder`
     about: Mapping[str, str] = field(default_factory=dict)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
@@ -50,7 +50,8 @@ class Profiler:
         labels = f"{self.name}-labels.safetensors"
         with stopwatch.stage("label channels"):
             rank_channels(subject, self.settings, self.state, self.progress, self.folder / labels)
-        candidates: Candidates = {phase: ladder(phase, labels=labels, gates=self.gates) for phase in PHASES}
+        gates = self._train_gates() if self.settings.train_gates else None
+        candidates: Candidates = {phase: ladder(phase, labels=labels, gates=gates) for phase in PHASES}
         artefacts = Artefacts(self.folder, subject.shape.device)
         with stopwatch.stage("device profile"):
             device = self.device or self._measure_device(candidates, artefacts)
@@ -94,10 +95,16 @@ class Profiler:
             points=tuple(points),
             rivals=tuple(rivals),
             alphas=None,
-            gates=None,
+            gates=gates_against_pooled_keys(candidates, found, max(self.settings.lengths)),
             spent=stopwatch.spent,
             about=self.about,
         )
+
+    def _train_gates(self) -> str:
+        name = f"{self.name}-gates.safetensors"
+        with self.stopwatch.stage("gates"):
+            train_gates(self.subject, self.settings, self.state, self.progress, self.folder / name)
+        return name
 
     def _measure_device(self, candidates: Candidates, artefacts: Artefacts) -> DeviceProfile:
         def measure() -> DeviceProfile:

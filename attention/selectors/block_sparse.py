@@ -1,5 +1,6 @@
 """Pages by the softmax weight that an estimate gives them: block-sparse attention."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -47,12 +48,19 @@ class BlockSparse:
             tables.append(BOUNDS)
         return tuple(tables)
 
+    @property
+    def scored_by(self) -> Hashable:
+        """Equal for selectors whose masses are equal."""
+        return self.score, self.stride if self.score == "antidiagonal" else 0
+
+    def mass(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Tensor:
+        """[G, N, L], the softmax weight of each past page by the score."""
+        if self.score == "mean":
+            return page_mass(q, kv, blocks, kv.summaries[MEAN.name], scale=scale)
+        if self.score == "bounds":
+            return bound_mass(q, kv, blocks, kv.summaries[BOUNDS.name], scale=scale)
+        return antidiagonal_mass(q, kv, blocks, self.stride, scale=scale)
+
     def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Proposal:
         """Scores, then the budget."""
-        if self.score == "mean":
-            mass = page_mass(q, kv, blocks, kv.summaries[MEAN.name], scale=scale)
-        elif self.score == "bounds":
-            mass = bound_mass(q, kv, blocks, kv.summaries[BOUNDS.name], scale=scale)
-        else:
-            mass = antidiagonal_mass(q, kv, blocks, self.stride, scale=scale)
-        return Proposal(self.budget.pages(mass, kv, blocks))
+        return Proposal(self.budget.pages(self.mass(q, kv, blocks, scale), kv, blocks))

@@ -1,5 +1,6 @@
 """Pages by a small trained gate (SeerAttention, Gao et al. 2024, for prompts; SeerAttention-R, 2025, for decoding)."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -38,16 +39,25 @@ class LearnedGate:
         """The gate's key of each page."""
         return (self.keys, *(CORRECTION if self.corrects else ()))
 
+    @property
+    def scored_by(self) -> Hashable:
+        """Equal for selectors whose masses are equal."""
+        return self.keys.source, self.keys.layer
+
     def propose(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Proposal:
-        """One row per block takes the place of its queries."""
+        """Scores, then the budget."""
+        return Proposal(self.budget.pages(self.mass(q, kv, blocks, scale), kv, blocks))
+
+    def mass(self, q: Tensor, kv: PagedKV, blocks: QueryBlocks, scale: float) -> Tensor:
+        """[G, N, L], the softmax weight that the gate gives each past page. One row per block takes the place of its
+        queries. `scale` is that of attention, which a gate has no use for."""
         gate = self._queries(q, kv, blocks)
         rows = tuple(row._replace(token=n, count=1) for n, row in enumerate(blocks.rows))
         token = torch.arange(len(rows), dtype=torch.int32, device=q.device)
         pooled = replace(blocks, rows=rows, token=token, count=torch.ones_like(token))
         heads = torch.arange(kv.heads.numel(), dtype=torch.int32, device=q.device)
         view = replace(kv, heads=heads, ratio=self.query.shape[1])
-        mass = self._mass(gate, view, pooled, kv.summaries[self.keys.name])
-        return Proposal(self.budget.pages(mass, kv, blocks))
+        return self._mass(gate, view, pooled, kv.summaries[self.keys.name])
 
     def _mass(self, gate: Tensor, kv: PagedKV, pooled: QueryBlocks, keys: Tensor) -> Tensor:
         """gate [N, G * J, E], keys [G, P, K, E] -> [G, N, L]"""

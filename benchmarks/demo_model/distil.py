@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gossamer.attention.policy import dense_policy
 from gossamer.attention.profiling.capture import Captured, capture
+from gossamer.attention.profiling.gate_training import BLOCKS, HELD_OUT, QUERIES, places
 from gossamer.attention.profiling.gates import Lesson, Phase, distil, divergence, lesson, write_gates
 from gossamer.attention.profiling.labels import rank_channels, write_labels
 from gossamer.attention.profiling.tasks import TASKS, Filler, make_prompt
@@ -26,9 +27,6 @@ from gossamer.attention.step import TILE_ROWS
 from gossamer.kvcache.summaries import Rotary
 
 ASKED = ("multikey", "pairs", "multiquery", "variables", "multivalue", "single", "variables_letters")
-BLOCKS, TOKENS = 32, 64  # query blocks and single queries that each document teaches
-HELD_OUT = 5
-EARLIEST = 256  # before this there is nothing to choose
 
 
 class Model:
@@ -58,13 +56,6 @@ class Model:
         return capture(self.module, torch.tensor(ids, device=self.device), self.policy), reply
 
 
-def places(rng: random.Random, count: int, length: int, reply: int, size: int) -> list[int]:
-    """Where query blocks of `size` begin: at and just before the reply, and anywhere."""
-    near = range((reply - 96) // size * size, length, size)
-    anywhere = rng.sample(range(EARLIEST // size, length // size), count)
-    return sorted({*near, *(place * size for place in anywhere)})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -84,8 +75,8 @@ def main() -> None:
     for number in range(args.documents):
         layers, reply = model.read(number, args.lengths[number % len(args.lengths)])
         length, rng = len(layers[0].q), random.Random(number)
-        for (phase, size), count in zip(sizes.items(), (BLOCKS, TOKENS), strict=True):
-            first = places(rng, min(count, (length - EARLIEST) // size), length, reply, size)
+        for (phase, size), count in zip(sizes.items(), (BLOCKS, QUERIES), strict=True):
+            first = places(rng, count, length, reply, size)
             lessons[phase].append([lesson(layer, model.rotary, first, size) for layer in layers])
         if len(texts) < len(ASKED):
             texts.append(layers)

@@ -1,0 +1,245 @@
+"""Choosing a candidate for every head: cost, divergence, and what is written of it."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gossamer.attention.artefacts import Artefacts
+from gossamer.attention.policy_file import ModelEntry, PolicyFile, Provenance, load_policy_file
+from gossamer.attention.policy_view import PHASES, Phase
+from gossamer.attention.profiling.candidates import Candidate, ladder
+from gossamer.attention.profiling.cost import (
+    CostModel,
+    Curve,
+    DeviceProfile,
+    DeviceProfileError,
+    PhaseCurves,
+    Reads,
+    Weights,
+    load_device_profile,
+    save_device_profile,
+)
+from gossamer.attention.profiling.findings import Found
+from gossamer.attention.profiling.search import DENSE, Choice, Search
+from gossamer.attention.profiling.sensitivity import FLOOR, probes, sensitivities
+from gossamer.attention.profiling.writing import policy_file, spelled, to_yaml
+from gossamer.attention.selectors import SinkRecent
+from gossamer.kvcache.retention import KeepSinkRecent
+
+LENGTHS = (4096, 32768)
+LAYERS, HEADS = 2, 2
+LADDERS: dict[Phase, tuple[Candidate, ...]] = {phase: ladder(phase, labels=None, gates=None) for phase in PHASES}
+LINE = Curve(points=((0.0, 0.0), (100.0, 100.0)))
+
+
+def device() -> DeviceProfile:
+    """A second per page; choosing takes a hundredth of it."""
+    kinds = {each.kind for own in LADDERS.values() for each in own} - {"dense", "sink-recent"}
+    cheap = Curve(points=((0.0, 0.0), (100.0, 1.0)))
+    curves = PhaseCurves(
+        attend=LINE, tokens=Curve(points=((0.0, 0.0), (64.0, 1.5))), choose=dict.fromkeys(kinds, cheap)
+    )
+    return DeviceProfile(device="none", dtype="float32", ratio=2, head_dim=64, about={}, prefill=curves, decode=curves)
+
+
+def costs(memory: float | None = None) -> CostModel:
+    return CostModel(device(), Weights.of("latency", memory), LENGTHS, LAYERS * HEADS, 16384)
+
+
+def found(seed: int) -> dict[Phase, dict[int, Found]]:
+    """What reads less is wrong by more, by a different factor for every head."""
+    generator = torch.Generator().manual_seed(seed)
+    answer: dict[Phase, dict[int, Found]] = {}
+    for phase, own in LADDERS.items():
+        answer[phase] = {}
+        for length in LENGTHS:
+            size = (len(own), LAYERS, HEADS)
+            density = torch.rand(size, generator=generator, dtype=torch.float64) * 0.9 + 0.01
+            for number, candidate in enumerate(own):
+                if candidate.window is not None:
+                    density[number] = min(1.0, (sum(candidate.window) + 64) / length)
+            density[0] = 1.0
+            factor = torch.rand(size, generator=generator, dtype=torch.float64)
+            error = (1 - density) * factor
+            answer[phase][length] = Found(error, 1 - error, density, torch.zeros_like(error), torch.zeros_like(error))
+    return answer
+
+
+def search(seed: int, memory: float | None = None, free: tuple[int, ...] = (0, 1)) -> Search:
+    weight = torch.rand(LAYERS, HEADS, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    tables: dict[Phase, list[dict[str, int]]] = {
+        phase: [{"mean keys": 256} if "mean" in each.kind else {} for each in own] for phase, own in LADDERS.items()
+    }
+    return Search(LADDERS, found(seed), dict.fromkeys(PHASES, weight), costs(memory), tables, free)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.floats(0.001, 3.0), st.floats(1.0, 4.0))
+def test_a_plan_keeps_its_bound_and_a_wider_one_is_no_dearer(seed: int, bound: float, more: float) -> None:
+    chooser = search(seed)
+    plan, wider = chooser.plan(bound), chooser.plan(bound * more)
+    assert plan.divergence <= bound * (1 + 1e-9)
+    assert wider.cost <= plan.cost + 1e-9
+    again = chooser.judged(plan.heads)
+    assert (again.cost, again.divergence) == pytest.approx((plan.cost, plan.divergence))
+    assert search(seed).plan(bound) == plan
+
+
+def test_a_plan_is_near_the_best_of_all() -> None:
+    chooser = search(5)
+    options = [options for layer in chooser._options for options in layer]
+    few = [own[:: max(1, len(own) // 6)] for own in options]
+    for bound in (0.05, 0.2, 0.8):
+        best = min(
+            sum(each.cost for each in pick)
+            for pick in itertools.product(*few)
+            if sum(each.divergence for each in pick) <= bound
+        )
+        assert chooser.plan(bound).cost <= best * 1.02
+
+
+def test_a_bound_that_nothing_breaks_gives_the_cheapest_plan() -> None:
+    chooser = search(7)
+    plan = chooser.plan(1e9)
+    assert plan.divergence == pytest.approx(chooser.most)
+    assert plan.cost == min(plan.cost, *(chooser.plan(bound).cost for bound in (0.1, 1.0, 2.0)))
+
+
+def test_a_bound_of_next_to_nothing_gives_dense() -> None:
+    plan = search(7).plan(1e-12)
+    assert plan.heads == ((DENSE,) * HEADS,) * LAYERS
+    assert plan.cost == pytest.approx(1.0)
+
+
+def test_layers_without_a_choice_stay_dense() -> None:
+    plan = search(3, free=(1,)).plan(1e9)
+    assert plan.heads[0] == (DENSE,) * HEADS
+    assert DENSE not in plan.heads[1]
+
+
+def test_memory_makes_heads_stream() -> None:
+    plan = search(11, memory=0.9).plan(1e9)
+    assert all(choice.streams for row in plan.heads for choice in row)
+    for row in plan.heads:
+        for choice in row:
+            assert LADDERS["prefill"][choice.prefill].window == LADDERS["decode"][choice.decode].window
+    assert search(11, memory=0.9).memory(plan, 32768) < 0.02
+    assert search(11).memory(search(11).judged(((DENSE,) * 2,) * 2), 32768) == 1.0
+
+
+def test_density_is_what_calibration_found() -> None:
+    chooser = search(13)
+    plan = chooser.judged(((Choice(3, 0, False), Choice(8, 2, False)), (DENSE, DENSE)))
+    table = found(13)["prefill"][4096].density
+    expected = (float(table[3, 0, 0]) + float(table[8, 0, 1]) + 2) / 4
+    assert chooser.density(plan, "prefill", 4096) == pytest.approx(expected)
+
+
+def test_what_is_written_is_what_was_chosen(tmp_path: Path) -> None:
+    chooser = search(17)
+    plans = {
+        "balanced": chooser.plan(0.3).heads,
+        "fast": search(18, memory=0.8).plan(2.0).heads,
+        "exact": ((DENSE,) * 2,) * 2,
+    }
+    above: dict[Phase, dict[str, int]] = {"prefill": {"vertical-slash": 2048}, "decode": {}}
+    model = ModelEntry(name="some", layers=LAYERS, kv_heads=HEADS)
+    file = policy_file("some", model, Provenance(source="profiled"), plans, LADDERS, above)
+    path = tmp_path / "some.yaml"
+    path.write_text(to_yaml(file), "utf-8")
+    read = load_policy_file(path)
+    assert read == file
+    check_entries(read, plans, above)
+    assert "  - layers:" in path.read_text("utf-8")
+    read.policy(Artefacts(tmp_path))  # no selector reads what a streaming head has released
+
+
+def check_entries(
+    file: PolicyFile, plans: dict[str, tuple[tuple[Choice, ...], ...]], above: dict[Phase, dict[str, int]]
+) -> None:
+    for point, heads in plans.items():
+        entries = file.entries(point)
+        for row, choices in zip(entries, heads, strict=True):
+            for (entry, _), choice in zip(row, choices, strict=True):
+                for phase, number in (("prefill", choice.prefill), ("decode", choice.decode)):
+                    candidate = LADDERS["prefill" if phase == "prefill" else "decode"][number]
+                    least = above["prefill" if phase == "prefill" else "decode"].get(candidate.kind, 0)
+                    expected = candidate.backend.model_copy(update={"above": least} if least else {})
+                    assert getattr(entry, phase) == expected
+                assert (entry.keep != "all") == choice.streams
+
+
+def test_streaming_heads_keep_what_they_read(tmp_path: Path) -> None:
+    plan = search(11, memory=0.9).plan(1e9)
+    model = ModelEntry(layers=LAYERS, kv_heads=HEADS)
+    file = policy_file(
+        "some", model, Provenance(source="profiled"), {"one": plan.heads}, LADDERS, {p: {} for p in PHASES}
+    )
+    for row in file.policy(Artefacts(tmp_path)).points[0].heads:
+        for head in row:
+            assert isinstance(head.keep, KeepSinkRecent)
+            assert head.prefill == head.decode == SinkRecent(head.keep.sink, head.keep.recent)
+
+
+@pytest.mark.parametrize(("numbers", "text"), [([3], "3"), ([0, 1, 2], "0-2"), ([0, 2, 3, 7], "0, 2-3, 7")])
+def test_numbers_are_spelled_as_a_policy_file_has_them(numbers: list[int], text: str) -> None:
+    assert spelled(numbers) == text
+
+
+def test_curves_are_straight_between_points_and_beyond() -> None:
+    curve = Curve(points=((0.0, 1.0), (10.0, 2.0), (20.0, 5.0)))
+    assert [curve.at(x) for x in (0, 5, 10, 15, 30)] == pytest.approx([1.0, 1.5, 2.0, 3.5, 8.0])
+    assert Curve(points=((0.0, 1.0), (1.0, 0.5))).at(10) == 0.0
+
+
+def test_costs_are_shares_of_dense() -> None:
+    model = costs(0.0)
+    everything = dict.fromkeys(LENGTHS, Reads(1.0))
+    assert 4 * model.of_phase("prefill", "dense", everything) == pytest.approx(0.5)
+    half = dict.fromkeys(LENGTHS, Reads(0.5))
+    assert 4 * model.of_phase("decode", "sink-recent", half) == pytest.approx(0.25)
+    assert 4 * model.of_phase("decode", "block-sparse mean by mass", half) == pytest.approx(0.5 * 0.51)
+    singles = dict.fromkeys(LENGTHS, Reads(0.5, 0.5))
+    assert 4 * model.of_phase("prefill", "vertical-slash", singles) == pytest.approx(0.5 * (0.5 * 1.5 + 0.01))
+
+
+def test_a_backend_is_worth_it_from_where_it_costs_less() -> None:
+    model = costs()
+    assert model.worth_it_above("decode", "block-sparse mean by mass", dict.fromkeys(LENGTHS, Reads(0.1))) == 0
+    few = {4096: Reads(0.6), 32768: Reads(0.6)}
+    assert model.worth_it_above("decode", "block-sparse mean by mass", few) == 4096
+    assert Weights.of("memory").memory == 0.8
+    weights = Weights.of("throughput", 0.4)
+    assert (weights.prefill, weights.decode, weights.memory) == pytest.approx((0.2, 0.4, 0.4))
+
+
+def test_a_device_profile_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "device.json"
+    save_device_profile(device(), path)
+    assert load_device_profile(path) == device()
+    with pytest.raises(DeviceProfileError, match="does not say how long learned-gate"):
+        device().seconds("prefill", "learned-gate by share", seen=10, reads=Reads(0.5))
+    path.write_text("{}", "utf-8")
+    with pytest.raises(DeviceProfileError, match=r"leave --device-profile out\.$"):
+        load_device_profile(path)
+    with pytest.raises(DeviceProfileError):
+        load_device_profile(tmp_path / "none.json")
+
+
+def test_sensitivity_is_divergence_per_error_and_never_nothing() -> None:
+    probe: dict[Phase, int] = {"prefill": 2, "decode": 2}
+    own = {phase: table[4096] for phase, table in found(3).items()}
+    own["prefill"].error[2] = torch.tensor([[0.5, 0.1], [0.2, 0.0]], dtype=torch.float64)
+    nats = {("prefill", 0, 0): 1.0, ("prefill", 0, 1): 0.4}
+    known = {heads: place for place, heads in probes((2, 2), (0, 1), probe).items()}
+    assert len(known) == 8
+    answer: dict[Phase, Tensor] = sensitivities(lambda heads: nats.get(known[heads], 0.0), (2, 2), (0, 1), probe, own)
+    floor = FLOOR * 1.4 / 0.8
+    expected = torch.tensor([[2.0, 4.0], [floor, floor]], dtype=torch.float64)
+    torch.testing.assert_close(answer["prefill"], expected)
+    assert float(answer["decode"].abs().sum()) == 0.0
