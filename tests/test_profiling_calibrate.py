@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gossamer.attention.artefacts import Artefacts
-from gossamer.attention.policy import dense_policy
+from gossamer.attention.policy import AttentionPolicy, HeadPolicy, OperatingPoint, dense_policy
 from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.calibrate import Calibration, Tables
 from gossamer.attention.profiling.candidates import Candidate, ladder
@@ -24,6 +24,8 @@ from gossamer.attention.profiling.prompts import Document, Exchange
 from gossamer.attention.profiling.reading import Reader, shape_of
 from gossamer.attention.profiling.state import State
 from gossamer.attention.profiling.statistics import Statistics
+from gossamer.attention.selectors import Dense, SinkRecent
+from gossamer.kvcache.retention import KeepAll
 
 LENGTH, PROMPT, QUESTION = 500, 490, 460
 TOKENS = torch.randint(4, 300, (LENGTH,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -209,3 +211,18 @@ def test_what_was_found_is_found_again(tmp_path: Path) -> None:
     assert not other.resumed
     other.tensors("t", lambda: make("fourth"))
     assert calls == ["first", "third", "fourth"]
+
+
+def test_decoding_is_tried_on_prompts_that_were_read_once(model: Any) -> None:
+    shape = shape_of(model)
+    dense = dense_policy(shape.layers, shape.kv_heads)
+    heads = [HeadPolicy(Dense(), SinkRecent(64, recent), KeepAll()) for recent in (64, 256)]
+    points = [OperatingPoint("tried", ((head,) * shape.kv_heads,) * shape.layers) for head in heads]
+    policies = [AttentionPolicy("tried", (point,)) for point in points]
+    documents = [Document("some", LENGTH, 0, "train", (EXCHANGE, EXCHANGE))]
+    fidelity = Fidelity(model, shape, dense, 2048)
+    quick = fidelity.try_decodes(policies, documents, lambda: None)
+    slow = [fidelity.try_point(policy, documents, lambda: None) for policy in policies]
+    for one, other in zip(quick, slow, strict=True):
+        assert one.divergence() == pytest.approx(other.divergence(), rel=1e-3)
+    assert quick[0].divergence() > quick[1].divergence() > 1e-6

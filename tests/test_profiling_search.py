@@ -1,6 +1,7 @@
 """Choosing a candidate for every head: cost, divergence, and what is written of it."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from gossamer.attention.profiling.cost import (
     save_device_profile,
 )
 from gossamer.attention.profiling.findings import Found
-from gossamer.attention.profiling.search import DENSE, Choice, Search
+from gossamer.attention.profiling.search import DENSE, Assignment, Choice, Search
 from gossamer.attention.profiling.sensitivity import FLOOR, probes, sensitivities
 from gossamer.attention.profiling.writing import policy_file, spelled, to_yaml
 from gossamer.attention.selectors import SinkRecent
@@ -238,7 +239,12 @@ def test_sensitivity_is_divergence_per_error_and_never_nothing() -> None:
     nats = {("prefill", 0, 0): 1.0, ("prefill", 0, 1): 0.4}
     known = {heads: place for place, heads in probes((2, 2), (0, 1), probe).items()}
     assert len(known) == 8
-    answer: dict[Phase, Tensor] = sensitivities(lambda heads: nats.get(known[heads], 0.0), (2, 2), (0, 1), probe, own)
+
+    def diverged(tried: Sequence[Assignment], phase: Phase) -> list[float]:
+        assert all(known[heads][0] == phase for heads in tried)
+        return [nats.get(known[heads], 0.0) for heads in tried]
+
+    answer: dict[Phase, Tensor] = sensitivities(diverged, (2, 2), (0, 1), probe, own)
     floor = FLOOR * 1.4 / 0.8
     expected = torch.tensor([[2.0, 4.0], [floor, floor]], dtype=torch.float64)
     torch.testing.assert_close(answer["prefill"], expected)

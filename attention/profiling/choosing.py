@@ -9,7 +9,7 @@ from gossamer.attention.policy_file import PolicyFile, Provenance
 from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.candidates import Candidate
 from gossamer.attention.profiling.cost import CostModel
-from gossamer.attention.profiling.fidelity import Fidelity, Trial, losses
+from gossamer.attention.profiling.fidelity import Fidelity, Trial, losses, together
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.profile import Attempt, Bound, Point, Rival, Settings
 from gossamer.attention.profiling.prompts import Document
@@ -35,30 +35,41 @@ class Trials:
     artefacts: Artefacts
     candidates: Mapping[Phase, Sequence[Candidate]]
     above: Mapping[Phase, Mapping[str, int]] = field(default_factory=lambda: {"prefill": {}, "decode": {}})
-    _documents: dict[int, list[Document]] = field(default_factory=dict)
+    _documents: dict[tuple[int, int], list[Document]] = field(default_factory=dict)
 
-    def run(self, heads: Assignment, purpose: int, what: str) -> Trial:
-        """On the documents of a purpose, at all lengths."""
-        documents = self._of(purpose)
-        return self._trial(heads, documents, f"{purpose}", what)
+    def run(self, heads: Assignment, purpose: int, length: int, what: str) -> Trial:
+        """On the documents of a purpose."""
+        if (purpose, length) not in self._documents:
+            self._documents[purpose, length] = self.subject.documents(self.settings, length, purpose)
+        return self._trial(heads, self._documents[purpose, length], f"{purpose}-{length}", f"{what}, {length} tokens")
 
-    def probe(self, heads: Assignment) -> float:
-        """Nats from dense, on a part of the calibration's documents of the shortest length."""
+    def run_all(self, heads: Assignment, purpose: int, what: str) -> Trial:
+        """The same at all lengths."""
+        return together([self.run(heads, purpose, length, what) for length in self.settings.lengths])
+
+    def probe(self, assignments: Sequence[Assignment], phase: Phase) -> list[float]:
+        """Nats from dense of each assignment, which is dense in the other phase, on a part of the calibration's
+        documents of the shortest length."""
+        few = self._few()
+        if phase == "prefill":
+            self.progress.begin("sensitivity of heads in prompts", len(assignments))
+            found = []
+            for heads in assignments:
+                found.append(self._trial(heads, few, "probe", "").divergence())
+                self.progress.tick()
+            return found
+
+        def run() -> list[Trial]:
+            self.progress.begin("sensitivity of heads in decoding", len(few))
+            return self.fidelity.try_decodes([self._policy(each) for each in assignments], few, self.progress.tick)
+
+        return [each.divergence() for each in self.state.value("probe-decode", list[Trial], run)]
+
+    def _few(self) -> list[Document]:
         length = min(self.settings.lengths)
-        few = [
-            Document(each.task, each.length, each.seed, each.split, each.exchanges[:PROBED])
-            for each in self.subject.documents(self.settings, length, CALIBRATED)
-        ]
-        few = few[: len(few) // self.settings.documents]
-        return self._trial(heads, few, "probe", "").divergence()
-
-    def _of(self, purpose: int) -> list[Document]:
-        if purpose not in self._documents:
-            lengths = self.settings.lengths
-            self._documents[purpose] = [
-                each for length in lengths for each in self.subject.documents(self.settings, length, purpose)
-            ]
-        return self._documents[purpose]
+        documents = self.subject.documents(self.settings, length, CALIBRATED)
+        few = documents[: len(documents) // self.settings.documents]
+        return [Document(d.task, d.length, d.seed, d.split, d.exchanges[:PROBED]) for d in few]
 
     def _trial(self, heads: Assignment, documents: Sequence[Document], purpose: str, what: str) -> Trial:
         policy = self._policy(heads)
@@ -67,8 +78,7 @@ class Trials:
         def run() -> Trial:
             if what:
                 self.progress.begin(what, len(documents))
-            tick = self.progress.tick if what else _nothing
-            return self.fidelity.try_point(policy, documents, tick)
+            return self.fidelity.try_point(policy, documents, self.progress.tick if what else _nothing)
 
         return self.state.value(name, Trial, run)
 
@@ -96,10 +106,11 @@ class Chooser:
     def find(self, bound: Bound) -> Plan:
         """The plan of the largest budget of predicted divergence that holds the bound when it is tried, as far as
         bisecting tells; dense where none does."""
-        low, high = bound.divergence / WIDE, self.search.most
+        held = [each.budget for each in self.attempts if each.held]
+        low, high = max([bound.divergence / WIDE, *held]), self.search.most
         if self._holds(bound, high):
             return self.search.plan(high)
-        best: Plan | None = None
+        best = self.search.plan(low) if held else None
         for _ in range(ROUNDS):
             middle = (low * high) ** 0.5
             if self._holds(bound, middle):
@@ -116,19 +127,23 @@ class Chooser:
         )
         if known is not None:
             return known.held
-        trial = self.trials.run(plan.heads, SEARCHED, f"{bound.name}: a plan at {100 * plan.cost:.0f}% of dense cost")
-        lost = max(losses(self._dense(SEARCHED), trial).values(), default=0.0)
-        diverged = trial.divergence()
-        held = lost <= bound.points and diverged <= bound.divergence
+        lost = diverged = 0.0
+        held = True
+        for length in self.trials.settings.lengths:
+            what = f"{bound.name}: a plan at {100 * plan.cost:.0f}% of dense cost"
+            trial = self.trials.run(plan.heads, SEARCHED, length, what)
+            dense = self.trials.run(self._all_dense, SEARCHED, length, "dense attention")
+            lost = max(lost, *losses(dense, trial).values())
+            diverged = max(diverged, trial.divergence())
+            held = lost <= bound.points and diverged <= bound.divergence
+            if not held:  # longer documents take longer, and cannot mend it
+                break
         self.attempts.append(Attempt(bound.name, budget, plan, diverged, lost, held))
         self.trials.progress.say(
             f"{bound.name}: cost {100 * plan.cost:.1f}% of dense, {diverged:.4f} nats from it, "
             f"{lost:.1f} points lost at most: {'holds' if held else 'too much'}"
         )
         return held
-
-    def _dense(self, purpose: int) -> Trial:
-        return self.trials.run(self._all_dense, purpose, "dense attention on other documents")
 
     @property
     def _all_dense(self) -> Assignment:
@@ -147,8 +162,8 @@ class Chooser:
             name,
             bound,
             plan,
-            self.trials.run(plan.heads, SEARCHED, f"{name} again"),
-            self.trials.run(plan.heads, UNSEEN, f"{name} on unseen documents"),
+            self.trials.run_all(plan.heads, SEARCHED, name),
+            self.trials.run_all(plan.heads, UNSEEN, f"{name} on unseen documents"),
             {phase: {n: self.search.density(plan, phase, n) for n in lengths} for phase in PHASES},
             {length: self.search.memory(plan, length) for length in lengths},
         )
@@ -168,7 +183,7 @@ class Chooser:
                 number = min(enough, key=density.__getitem__)
                 plan = self.search.judged(self._everywhere(point.plan, phase, number))
                 name = self.trials.candidates[phase][number].text
-                trial = self.trials.run(plan.heads, UNSEEN, f"{phase}: {name} for every head")
+                trial = self.trials.run_all(plan.heads, UNSEEN, f"{phase}: {name} for every head")
                 found.append(Rival(name, phase, plan, density[number], trial))
         return found
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gossamer.attention.policy import AttentionPolicy
+from gossamer.attention.policy import AttentionPolicy, OperatingPoint
 from gossamer.attention.profiling.prompts import Document, Exchange
 from gossamer.attention.profiling.reading import Reader, Reading, Shape
 from gossamer.attention.reads import SpanReads
@@ -86,6 +86,34 @@ class Fidelity:
         """policy: its first operating point. tick: after each document."""
         return self._try(policy, documents, tick)
 
+    def try_decodes(
+        self, policies: Sequence[AttentionPolicy], documents: Iterable[Document], tick: Callable[[], None]
+    ) -> list[Trial]:
+        """For policies that are dense for prompts: these are read once for all of them."""
+        scores: list[list[Score]] = [[] for _ in policies]
+        points = [policy.points[0] for policy in policies]
+        named = [OperatingPoint(f"{number}", point.heads) for number, point in enumerate(points)]
+        summaries = AttentionPolicy("all", tuple(named)).summaries()
+        for document in documents:
+            if document.name not in self._known:
+                self._known[document.name] = self._told(document)
+            dense = self._known[document.name]
+            reader = Reader(
+                self._module,
+                self._dense,
+                room=document.room,
+                chunk=self._chunk,
+                shape=self._shape,
+                summaries=summaries,
+            )
+            for exchange, right in zip(document.exchanges, dense, strict=True):
+                for point, own in zip(points, scores, strict=True):
+                    rows = list(exchange.rows)
+                    reading = reader.read(exchange.tokens, prompt=exchange.prompt, rows=rows, point=point)
+                    own.append(_score(document, exchange, right, reading.logits.log_softmax(-1)))
+            tick()
+        return [Trial(tuple(own), {}) for own in scores]
+
     def _try(self, policy: AttentionPolicy, documents: Iterable[Document], tick: Callable[[], None]) -> Trial:
         scores: list[Score] = []
         reads: dict[int, SpanReads] = {}
@@ -98,12 +126,15 @@ class Fidelity:
             if policy is self._dense:
                 self._known[document.name] = own
             elif document.name not in self._known:
-                self._known[document.name] = [r.logits.log_softmax(-1) for r in self._read(self._dense, document)]
+                self._known[document.name] = self._told(document)
             for exchange, dense, told in zip(document.exchanges, self._known[document.name], own, strict=True):
                 scores.append(_score(document, exchange, dense, told))
             reads[document.length] = reads.get(document.length, NOTHING).plus(read)
             tick()
         return Trial(tuple(scores), reads)
+
+    def _told(self, document: Document) -> list[Tensor]:
+        return [reading.logits.log_softmax(-1) for reading in self._read(self._dense, document)]
 
     def _read(self, policy: AttentionPolicy, document: Document) -> Iterator[Reading]:
         reader = Reader(self._module, policy, room=document.room, chunk=self._chunk, shape=self._shape)
@@ -125,6 +156,12 @@ def _score(document: Document, exchange: Exchange, dense: Tensor, told: Tensor) 
         sum(bool(right[a - first : b - first].all()) for a, b in exchange.references),
         len(exchange.references),
     )
+
+
+def together(trials: Sequence[Trial]) -> Trial:
+    """Of one operating point, at different lengths."""
+    scores = tuple(score for trial in trials for score in trial.scores)
+    return Trial(scores, {length: reads for trial in trials for length, reads in trial.reads.items()})
 
 
 def losses(dense: Trial, trial: Trial) -> dict[tuple[str, int], float]:

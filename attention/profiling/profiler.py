@@ -19,8 +19,8 @@ from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.gate_training import gates_against_pooled_keys, train_gates
 from gossamer.attention.profiling.learning import calibrate, rank_channels
 from gossamer.attention.profiling.profile import Point, Profile, Settings
-from gossamer.attention.profiling.search import Assignment, Search
-from gossamer.attention.profiling.sensitivity import probes, sensitivities
+from gossamer.attention.profiling.search import Search
+from gossamer.attention.profiling.sensitivity import sensitivities
 from gossamer.attention.profiling.state import State
 from gossamer.attention.profiling.stopwatch import Stopwatch
 from gossamer.attention.profiling.subject import Progress, Subject
@@ -145,15 +145,8 @@ class Profiler:
         probe = {
             phase: next(n for n, each in enumerate(own) if each.window == PROBE) for phase, own in candidates.items()
         }
-        self.progress.begin("sensitivity of heads", len(probes(sizes, shape.free, probe)))
-
-        def diverged(assignment: Assignment) -> float:
-            nats = trials.probe(assignment)
-            self.progress.tick()
-            return nats
-
         own = {phase: found[phase][shortest] for phase in PHASES}
-        return sensitivities(diverged, sizes, shape.free, probe, own)
+        return sensitivities(trials.probe, sizes, shape.free, probe, own)
 
     def _note(self, points: Sequence[Point]) -> str:
         lengths = ", ".join(map(str, self.settings.lengths))

@@ -113,9 +113,12 @@ class Reader:
         self._rules = [heads[group.slots[0][0]][group.slots[0][1][0]].keep for group in groups]
 
     @torch.no_grad()
-    def read(self, tokens: Sequence[int], *, prompt: int, rows: Sequence[int]) -> Reading:
+    def read(
+        self, tokens: Sequence[int], *, prompt: int, rows: Sequence[int], point: OperatingPoint | None = None
+    ) -> Reading:
         """tokens: `prompt` of them are a prompt, the others were generated. rows: positions, ascending, whose logits
-        are wanted. Raises kvcache's OutOfPages where there is no room."""
+        are wanted. point: in place of the reader's own, one that differs from it for generated tokens alone, so that
+        what was read of prompts holds for it. Raises kvcache's OutOfPages where there is no room."""
         table = self._cache.table(self._rules, b"")
         first = self._cache.attach(table, tokens, rows[0] if rows else len(tokens) - 1)
         logits: list[Tensor] = []
@@ -127,7 +130,7 @@ class Reader:
                     self._cache.grow(table, new)
                     views = self._cache.views([table])
                     span = Span(first, new, prompt)
-                    step = plan_step([span], views, [self._point], self.shape.ratio, self.shape.device)
+                    step = plan_step([span], views, [point or self._point], self.shape.ratio, self.shape.device)
                     wanted = [row - first for row in rows if first <= row < first + new]
                     found = self._forward(tokens[first : first + new], first, step, wanted or [new - 1])
                     logits += [found.float().cpu()] if wanted else []

@@ -31,18 +31,22 @@ def probes(shape: tuple[int, int], free: Sequence[int], probe: Mapping[Phase, in
 
 
 def sensitivities(
-    diverged: Callable[[Assignment], float],
+    diverged: Callable[[Sequence[Assignment], Phase], Sequence[float]],
     shape: tuple[int, int],
     free: Sequence[int],
     probe: Mapping[Phase, int],
     found: Mapping[Phase, Found],
 ) -> dict[Phase, Tensor]:
-    """diverged: nats from dense under an assignment. found: at the length of that measurement -> by phase [layers, G]
-    float64: nats for a squared relative error of 1. Layers without a choice have 0."""
+    """diverged: nats from dense under assignments that differ from it in one phase. found: at the length of that
+    measurement -> by phase [layers, G] float64: nats for a squared relative error of 1. Layers without a choice have
+    0."""
     layers, heads = shape
     nats = {phase: torch.zeros(layers, heads, dtype=torch.float64) for phase in PHASES}
-    for (phase, layer, head), assignment in probes(shape, free, probe).items():
-        nats[phase][layer, head] = diverged(assignment)
+    tried = probes(shape, free, probe)
+    for phase in PHASES:
+        places = [place for place in tried if place[0] == phase]
+        for (_, layer, head), far in zip(places, diverged([tried[p] for p in places], phase), strict=True):
+            nats[phase][layer, head] = far
     answer: dict[Phase, Tensor] = {}
     for phase in PHASES:
         error = found[phase].error[probe[phase]].clone()
