@@ -38,18 +38,18 @@ LADDERS: dict[Phase, tuple[Candidate, ...]] = {phase: ladder(phase, labels=None,
 LINE = Curve(points=((0.0, 0.0), (100.0, 100.0)))
 
 
-def device() -> DeviceProfile:
-    """A second per page; choosing takes a hundredth of it."""
+def device(call: float = 0.0) -> DeviceProfile:
+    """A second per page; choosing takes a hundredth of it, and so many seconds for a call."""
     kinds = {each.kind for own in LADDERS.values() for each in own} - {"dense", "sink-recent"}
-    cheap = Curve(points=((0.0, 0.0), (100.0, 1.0)))
+    cheap = Curve(points=((0.0, call), (100.0, call + 1.0)))
     curves = PhaseCurves(
         attend=LINE, tokens=Curve(points=((0.0, 0.0), (64.0, 1.5))), choose=dict.fromkeys(kinds, cheap)
     )
     return DeviceProfile(device="none", dtype="float32", ratio=2, head_dim=64, about={}, prefill=curves, decode=curves)
 
 
-def costs(memory: float | None = None) -> CostModel:
-    return CostModel(device(), Weights.of("latency", memory), LENGTHS, LAYERS * HEADS, 16384)
+def costs(memory: float | None = None, call: float = 0.0) -> CostModel:
+    return CostModel(device(call), Weights.of("latency", memory), LENGTHS, LAYERS * HEADS, 16384)
 
 
 def found(seed: int) -> dict[Phase, dict[int, Found]]:
@@ -71,12 +71,12 @@ def found(seed: int) -> dict[Phase, dict[int, Found]]:
     return answer
 
 
-def search(seed: int, memory: float | None = None, free: tuple[int, ...] = (0, 1)) -> Search:
+def search(seed: int, memory: float | None = None, free: tuple[int, ...] = (0, 1), call: float = 0.0) -> Search:
     weight = torch.rand(LAYERS, HEADS, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     tables: dict[Phase, list[dict[str, int]]] = {
         phase: [{"mean keys": 256} if "mean" in each.kind else {} for each in own] for phase, own in LADDERS.items()
     }
-    return Search(LADDERS, found(seed), dict.fromkeys(PHASES, weight), costs(memory), tables, free)
+    return Search(LADDERS, found(seed), dict.fromkeys(PHASES, weight), costs(memory, call), tables, free)
 
 
 @settings(max_examples=25, deadline=None)
@@ -102,6 +102,32 @@ def test_a_plan_is_near_the_best_of_all() -> None:
             if sum(each.divergence for each in pick) <= bound
         )
         assert chooser.plan(bound).cost <= best * 1.02
+
+
+def selectors(heads: Assignment) -> int:
+    """Calls of all layers and phases together."""
+    return sum(len({getattr(choice, phase) for choice in row} - {0}) for row in heads for phase in PHASES)
+
+
+def test_heads_share_a_selector_where_a_call_costs_more_than_it_saves() -> None:
+    shared = 0
+    for seed in range(6):
+        chooser = search(seed, call=40.0)
+        plan, apart = chooser.plan(0.4), search(seed).plan(0.4)
+        assert plan.divergence <= 0.4
+        assert plan.cost <= chooser.judged(apart.heads).cost + 1e-9
+        calls = [selectors(each.heads) for each in (plan, apart)]
+        shared += calls[0] < calls[1]
+    assert shared >= 3
+
+
+def test_a_call_is_paid_for_by_the_heads_that_share_it() -> None:
+    number = next(n for n, each in enumerate(LADDERS["decode"]) if each.kind == "block-sparse mean by mass")
+    one, two = Choice(0, number, False), Choice(0, number + 1, False)
+    free, dear = search(3), search(3, call=8.0)
+    together = [chooser.judged(((one, one), (DENSE, DENSE))).cost for chooser in (free, dear)]
+    apart = [chooser.judged(((one, two), (DENSE, DENSE))).cost for chooser in (free, dear)]
+    assert apart[1] - apart[0] == pytest.approx(2 * (together[1] - together[0]))
 
 
 def test_a_bound_that_nothing_breaks_gives_the_cheapest_plan() -> None:

@@ -139,6 +139,15 @@ class CostModel:
         shares = [self._share(phase, kind, length, reads[length]) for length in self.lengths]
         return weight * sum(shares) / len(shares) / self.heads
 
+    def of_call(self, phase: Phase, kind: str, sharing: int, layer_heads: int) -> float:
+        """What a selector costs beyond what its heads pay for it: a call takes some time however few heads of a layer
+        share it, and each of these pays as if all did."""
+        if kind in ("dense", "sink-recent"):
+            return 0.0
+        weight = self.weights.prefill if phase == "prefill" else self.weights.decode
+        shares = [self.device.curves(phase).choose[kind].at(0) / self._dense(phase, n) for n in self.lengths]
+        return weight * sum(shares) / len(shares) / self.heads * (layer_heads - sharing)
+
     def of_memory(self, summary_bytes: int, window: tuple[int, int] | None) -> float:
         """window: sink and recent tokens that the head keeps, None for all. summary_bytes: per page."""
         shares = [self.memory_share(summary_bytes, window, length) for length in self.lengths]
@@ -150,10 +159,10 @@ class CostModel:
         return (1 + summary_bytes / self.page_bytes) * kept / length
 
     def _share(self, phase: Phase, kind: str, length: int, reads: Reads) -> float:
-        # a prompt's blocks see half of it on average, a generated token all of it
-        seen = length / PAGE_SIZE / (2 if phase == "prefill" else 1)
-        dense = self.device.seconds(phase, "dense", seen=seen, reads=Reads(1.0))
-        return self.device.seconds(phase, kind, seen=seen, reads=reads) / dense
+        return self.device.seconds(phase, kind, seen=_seen(phase, length), reads=reads) / self._dense(phase, length)
+
+    def _dense(self, phase: Phase, length: int) -> float:
+        return self.device.seconds(phase, "dense", seen=_seen(phase, length), reads=Reads(1.0))
 
     def worth_it_above(self, phase: Phase, kind: str, reads: Mapping[int, Reads]) -> int:
         """The length from which a candidate of this kind costs less than dense attention, a power of two; 0 when that
@@ -168,3 +177,8 @@ class CostModel:
                 break
             length *= 2
         return 0 if length == 1024 else length
+
+
+def _seen(phase: Phase, length: int) -> float:
+    """Pages: a prompt's blocks see half of it on average, a generated token all of it."""
+    return length / PAGE_SIZE / (2 if phase == "prefill" else 1)

@@ -15,8 +15,10 @@ from gossamer.attention.profiling.candidates import Candidate
 from gossamer.attention.profiling.cost import Curve, DeviceProfile, PhaseCurves
 from gossamer.attention.profiling.reading import Shape
 from gossamer.attention.selectors import Selector
+from gossamer.attention.selectors.base import CORRECTION
 from gossamer.attention.step import TILE_ROWS
 from gossamer.kernels.compact import compact
+from gossamer.kernels.dropped_pages import add_dropped_pages
 from gossamer.kernels.layout import PAGE_SIZE, UNLIMITED, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
@@ -132,10 +134,17 @@ def _noise(shape: Shape, phase: Phase, length: int, summaries: Sequence[Summary]
 
 
 def _time_choosing(layer: _Layer, selector: Selector) -> float:
-    def choose() -> None:
-        build_index(selector.propose(layer.q, layer.kv, layer.blocks, layer.scale), layer.kv, layer.blocks)
+    """From the queries to the index, and the correction for dropped pages where there is one."""
+    q, kv, blocks = layer.q, layer.kv, layer.blocks
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:2], device=q.device)
 
-    return _seconds(choose, layer.q.device)
+    def choose() -> None:
+        index = build_index(selector.propose(q, kv, blocks, layer.scale), kv, blocks)
+        if selector.corrects:
+            means = (kv.summaries[each.name] for each in CORRECTION)
+            add_dropped_pages(q, kv, blocks, index, out, lse, *means, scale=layer.scale)
+
+    return _seconds(choose, q.device)
 
 
 def _time_attending(layer: _Layer) -> tuple[Curve, Curve]:

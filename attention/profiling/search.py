@@ -3,11 +3,14 @@
 The predicted divergence of a choice is the sum over heads of sensitivity x squared relative error (a Gauss-Newton view:
 near dense, the divergence of next-token distributions is quadratic in what attention gets wrong). Cost and divergence
 both add up over heads, so for a price of divergence each head's best choice can be found alone (Lagrange); the price is
-bisected until the bound is met, and what slack is left is spent greedily. docs/profiling.md has the formulas.
+bisected until the bound is met, and what slack is left is spent greedily. What does not add up, that a selector is
+called once for all heads of a layer that share it, is looked at last. docs/profiling.md has the formulas.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 from torch import Tensor
 
@@ -98,7 +101,7 @@ class Search:
     def plan(self, bound: float) -> Plan:
         """The cheapest plan whose predicted divergence is at most `bound` nats, up to the gaps between candidates."""
         if self.most <= bound:
-            return self._plan([[len(options) - 1 for options in layer] for layer in self._options])
+            return self._settled([[options[-1].choice for options in layer] for layer in self._options], bound)
         low, high = 0.0, 1e12  # a price of 0 takes the cheapest
         for _ in range(ROUNDS):
             price = (low * high) ** 0.5 if low else high * 1e-3
@@ -108,7 +111,8 @@ class Search:
                 low = price
             if low and high / low < 1 + 1e-9:
                 break
-        return self._plan(self._spend(self._at(high), bound))
+        spent = self._plan(self._spend(self._at(high), bound))
+        return self._settled([list(row) for row in spent.heads], bound)
 
     def uniform(self, prefill: int, decode: int) -> Plan:
         """The same candidates for every head that has a choice."""
@@ -123,7 +127,44 @@ class Search:
         options = [
             self._option(choice, layer, head) for layer, row in enumerate(heads) for head, choice in enumerate(row)
         ]
-        return Plan(heads, sum(each.cost for each in options), sum(each.divergence for each in options))
+        cost = sum(each.cost for each in options) + sum(self._calls(row) for row in heads)
+        return Plan(heads, cost, sum(each.divergence for each in options))
+
+    def _calls(self, row: Sequence[Choice]) -> float:
+        """What the selectors of a layer cost beyond what its heads pay for them."""
+        total = 0.0
+        for phase in PHASES:
+            for number, sharing in Counter(getattr(choice, phase) for choice in row).items():
+                kind = self._candidates[phase][number].kind
+                total += self._costs.of_call(phase, kind, sharing, len(row))
+        return total
+
+    def _settled(self, heads: list[list[Choice]], bound: float) -> Plan:
+        """Let heads of a layer share a selector, as long as that makes the whole cheaper and keeps the bound."""
+        left = bound - self.judged(tuple(map(tuple, heads))).divergence
+        for layer, row in enumerate(heads):
+            while (better := self._shared(layer, row, left)) is not None:
+                more, row[:] = better
+                left -= more
+        return self.judged(tuple(map(tuple, heads)))
+
+    def _shared(self, layer: int, row: list[Choice], left: float) -> tuple[float, list[Choice]] | None:
+        """The layer's choices with one of its selectors given up for another that it has, where that is cheaper: how
+        much divergence that adds, and the choices."""
+        now = self._judged_layer(layer, row)
+        best: tuple[float, float, list[Choice]] | None = None
+        for phase in PHASES:
+            own = list(dict.fromkeys(getattr(choice, phase) for choice in row))
+            for given_up, taken in permutations(own, 2):
+                moved = [_moved(choice, phase, given_up, taken) for choice in row]
+                cost, divergence = self._judged_layer(layer, moved)
+                if cost < now[0] - 1e-12 and divergence - now[1] <= left and (best is None or cost < best[0]):
+                    best = cost, divergence - now[1], moved
+        return None if best is None else best[1:]
+
+    def _judged_layer(self, layer: int, row: Sequence[Choice]) -> tuple[float, float]:
+        options = [self._option(choice, layer, head) for head, choice in enumerate(row)]
+        return sum(o.cost for o in options) + self._calls(row), sum(o.divergence for o in options)
 
     def density(self, plan: Plan, phase: Phase, length: int) -> float:
         """Measured in calibration, mean over heads."""
@@ -225,6 +266,13 @@ class Search:
         window = self._candidates["prefill"][choice.prefill].window if choice.streams else None
         memory = self._costs.of_memory(sum(dict([*prefill.tables, *decode.tables]).values()), window)
         return Option(choice, prefill.cost + decode.cost + memory, prefill.divergence + decode.divergence)
+
+
+def _moved(choice: Choice, phase: Phase, given_up: int, taken: int) -> Choice:
+    """A streaming head keeps what it has: both of its selectors belong to its window."""
+    if choice.streams or getattr(choice, phase) != given_up:
+        return choice
+    return Choice(taken, choice.decode, False) if phase == "prefill" else Choice(choice.prefill, taken, False)
 
 
 def _unbeaten(parts: Sequence[_Part]) -> list[int]:
