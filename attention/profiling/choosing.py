@@ -12,13 +12,13 @@ from gossamer.attention.profiling.cost import CostModel
 from gossamer.attention.profiling.fidelity import Fidelity, Trial, losses, together
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.profile import Attempt, Bound, Point, Rival, Settings
-from gossamer.attention.profiling.prompts import Document
+from gossamer.attention.profiling.prompts import TEXT, Document
 from gossamer.attention.profiling.search import DENSE, Assignment, Choice, Plan, Search
 from gossamer.attention.profiling.state import State
 from gossamer.attention.profiling.subject import CALIBRATED, SEARCHED, UNSEEN, Progress, Subject
 from gossamer.attention.profiling.writing import policy_file
 
-PROBED = 2  # questions of each document that heads are probed with
+PROBED, QUESTIONS = ("multikey", TEXT), 2  # the documents that heads are probed with, and how often each is asked
 WIDE, ROUNDS = 64.0, 7  # of the search for a budget: how far below the bound it begins, and bisections
 EXACT = "exact"
 
@@ -68,8 +68,8 @@ class Trials:
     def _few(self) -> list[Document]:
         length = min(self.settings.lengths)
         documents = self.subject.documents(self.settings, length, CALIBRATED)
-        few = documents[: len(documents) // self.settings.documents]
-        return [Document(d.task, d.length, d.seed, d.split, d.exchanges[:PROBED]) for d in few]
+        few = [d for d in documents[: len(documents) // self.settings.documents] if d.task in PROBED]
+        return [Document(d.task, d.length, d.seed, d.split, d.exchanges[:QUESTIONS]) for d in few]
 
     def _trial(self, heads: Assignment, documents: Sequence[Document], purpose: str, what: str) -> Trial:
         policy = self._policy(heads)
