@@ -1,0 +1,89 @@
+"""Training texts in which some tokens can be told only from far away: questions about facts hidden in filler."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.attention.profiling.tasks import Filler, Message, Task, make_prompt
+
+RESERVE = 64  # tokens for each question with its answer, and the chat template
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingText:
+    """tokens [T] int64; decisive [T] bool: where the final states choose a token of an answer."""
+
+    tokens: Tensor
+    decisive: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Passkeys:
+    """Training texts by number: `keys` facts at random places in filler, and all their questions with the answers at
+    the end, in turn. About `shortest` to `longest` tokens, drawn evenly. `encode_chat` renders a chat with the model's
+    template, without the opening of a further reply."""
+
+    filler: Filler
+    encode_chat: Callable[[list[Message]], Sequence[int]]
+    shortest: int
+    longest: int
+    keys: int = 10
+    seed: int = 0
+
+    def __call__(self, number: int) -> TrainingText:
+        """Raises ValueError where the facts do not fit into the length, or the chat template loses an answer."""
+        rng = random.Random(f"{self.seed}/{number}")
+        length = rng.randint(self.shortest, self.longest)
+        prompt = make_prompt(
+            Task("passkeys", keys=self.keys),
+            length,
+            rng.randrange(2**32),
+            self.filler,
+            split="train",
+            questions=self.keys,
+            reserve=RESERVE * self.keys,
+        )
+        ids, answers = find_answers(prompt.conversation(), self.encode_chat)
+        decisive = torch.zeros(len(ids), dtype=torch.bool)
+        for answer in answers:
+            decisive[answer.start - 1 : answer.stop - 1] = True
+        return TrainingText(torch.tensor(ids), decisive)
+
+
+def find_answers(
+    chat: list[Message], encode_chat: Callable[[list[Message]], Sequence[int]]
+) -> tuple[list[int], list[range]]:
+    """The chat's token ids, and which of them are each reply's.
+
+    Found by writing another reply in its place: this needs to know neither the template nor where the tokenizer cuts.
+    Raises ValueError where the ids do not change, or in no place of their own.
+    """
+    ids = list(encode_chat(chat))
+    found: list[range] = []
+    for turn, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        other = [*chat[:turn], {**message, "content": _altered(message["content"])}, *chat[turn + 1 :]]
+        changed = list(encode_chat(other))
+        start = _common(ids, changed)
+        stop = len(ids) - min(_common(ids[::-1], changed[::-1]), len(ids) - start, len(changed) - start)
+        if not (found[-1].stop if found else 1) <= start < stop:
+            raise ValueError("the chat template does not show each reply once and in order, so none can be trained on")
+        found.append(range(start, stop))
+    return ids, found
+
+
+def _altered(text: str) -> str:
+    """The text with each letter and digit replaced by the next one."""
+    before = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    after = "1234567890bcdefghijklmnopqrstuvwxyzaBCDEFGHIJKLMNOPQRSTUVWXYZA"
+    return text.translate(str.maketrans(before, after))
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many entries from the first on are equal."""
+    pairs = zip(one, other, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
