@@ -23,6 +23,7 @@ from gossamer.attention.profiling.differentiable import Logits, full_attention, 
 from gossamer.attention.profiling.passkeys import TrainingText
 
 MIXTURE = "gossamer-mixture"  # the name that our attention function has inside transformers
+SCALE = 2.0**14  # of the loss while it is differentiated, so that float16 holds what the mean leaves of a state's slope
 RAMP = 0.2  # share of the steps in which the rate rises, and of those in which it falls
 
 
@@ -58,29 +59,27 @@ def train_heads(
     mode are as before afterwards. Deterministic on a CPU; on a GPU but for the order in which its kernels add.
     Raises ValueError when every layer has a window, or a text has no decisive token.
     """
-    with _frozen(module):
-        windows, kv_heads = _shape(module)
-        free = torch.tensor([window is None for window in windows])
+    with mixing(module) as (windows, kv_heads):
+        device = next(module.parameters()).device
+        free = torch.tensor([window is None for window in windows], device=device)
         if not free.any():
             raise ValueError("every layer of this model has a sliding window of its own: there are no heads to train")
-        device = next(module.parameters()).device
         alpha = torch.ones(len(windows), kv_heads, device=device, requires_grad=True)
-        optimizer = torch.optim.AdamW([alpha], lr=rate, weight_decay=0.0)
+        optimizer = torch.optim.Adam([alpha], lr=rate)
         for step in range(steps):
             text = texts(step)
             if not text.decisive.any():
                 raise ValueError(f"training text {step} has no decisive token, so there is nothing to compare")
             mixture = Mixture(windows, alpha, sink, recent)
-            loss = distance(module, text, mixture) + penalty * alpha[free.to(device)].abs().mean()
-            (alpha.grad,) = torch.autograd.grad(loss, [alpha])
+            loss = distance(module, text, mixture) + penalty * alpha[free].mean()
+            (slope,) = torch.autograd.grad(loss * SCALE, [alpha])
+            alpha.grad = slope / SCALE
             optimizer.param_groups[0]["lr"] = rate * _pace(step, steps)
             optimizer.step()
             with torch.no_grad():
                 alpha.clamp_(0.0, 1.0)
             report(step, loss.item())
-    trained = alpha.detach().cpu()
-    trained[~free] = torch.nan
-    return trained
+    return alpha.detach().where(free[:, None], torch.nan).cpu()
 
 
 def streaming_distance(
@@ -88,8 +87,7 @@ def streaming_distance(
 ) -> float:
     """What `distance` is where the heads in `stream` [layers, KV heads] bool stream and no others do; the texts' mean.
     Layers with a window of their own are left as they are."""
-    with _frozen(module):
-        windows, _ = _shape(module)
+    with mixing(module) as (windows, _):
         mixture = Mixture(windows, 1.0 - stream.float().to(next(module.parameters()).device), sink, recent)
         return sum(float(distance(module, text, mixture)) for text in texts) / len(texts)
 
@@ -167,8 +165,9 @@ def _shape(module: nn.Module) -> tuple[tuple[int | None, ...], int]:
 
 
 @contextmanager
-def _frozen(module: Any) -> Iterator[None]:
-    """The model with our attention, without gradients of weights, and with one layer's activations in memory."""
+def mixing(module: Any) -> Iterator[tuple[tuple[int | None, ...], int]]:
+    """The model with our attention, without gradients of weights, and with one layer's activations in memory, while
+    `distance` and `final_states` are used; gives what a Mixture wants to know, and the number of KV heads."""
     AttentionInterface.register(MIXTURE, _attend)
     before, training = module.config._attn_implementation, module.training
     moving = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -178,7 +177,7 @@ def _frozen(module: Any) -> Iterator[None]:
     for layer in layers:
         layer.forward = partial(_again, layer.forward)
     try:
-        yield
+        yield _shape(module)
     finally:
         for layer, forward in zip(layers, own, strict=True):
             del layer.forward

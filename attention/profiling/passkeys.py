@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gossamer.attention.profiling.tasks import Filler, Message, Task, make_prompt
 
-RESERVE = 64  # tokens for each question with its answer, and the chat template
+RESERVE = 64  # tokens for each question with its answer, before it is known what they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class TrainingText:
 @dataclass(frozen=True, slots=True)
 class Passkeys:
     """Training texts by number: `keys` facts at random places in filler, and all their questions with the answers at
-    the end, in turn. About `shortest` to `longest` tokens, drawn evenly. `encode_chat` renders a chat with the model's
-    template, without the opening of a further reply."""
+    the end, in turn; `shortest` to `longest` tokens or a few less, drawn evenly. `encode_chat` renders a chat by the
+    model's template, without the opening of a further reply."""
 
     filler: Filler
     encode_chat: Callable[[list[Message]], Sequence[int]]
@@ -36,21 +36,19 @@ class Passkeys:
     def __call__(self, number: int) -> TrainingText:
         """Raises ValueError where the facts do not fit into the length, or the chat template loses an answer."""
         rng = random.Random(f"{self.seed}/{number}")
-        length = rng.randint(self.shortest, self.longest)
-        prompt = make_prompt(
-            Task("passkeys", keys=self.keys),
-            length,
-            rng.randrange(2**32),
-            self.filler,
-            split="train",
-            questions=self.keys,
-            reserve=RESERVE * self.keys,
-        )
-        ids, answers = find_answers(prompt.conversation(), self.encode_chat)
+        length, seed = rng.randint(self.shortest, self.longest), rng.randrange(2**32)
+        reserve = RESERVE * self.keys
+        spare = length - len(self.encode_chat(self._chat(length, seed, reserve)))
+        ids, answers = find_answers(self._chat(length, seed, reserve - spare), self.encode_chat)
         decisive = torch.zeros(len(ids), dtype=torch.bool)
         for answer in answers:
             decisive[answer.start - 1 : answer.stop - 1] = True
         return TrainingText(torch.tensor(ids), decisive)
+
+    def _chat(self, length: int, seed: int, reserve: int) -> list[Message]:
+        task = Task("passkeys", keys=self.keys)
+        prompt = make_prompt(task, length, seed, self.filler, split="train", questions=self.keys, reserve=reserve)
+        return prompt.conversation()
 
 
 def find_answers(
