@@ -100,6 +100,8 @@ def test_where_no_head_streams_the_states_are_the_models_own(tmp_path: Path, fam
 
 def test_where_all_heads_stream_the_states_are_those_under_the_mask(tmp_path: Path) -> None:
     model, text = tiny(tmp_path, "llama"), text_of(161)
+    with torch.no_grad():
+        model.model.norm.weight *= 3.0  # no part of the distance
     query, key = torch.arange(161)[:, None], torch.arange(161)
     seen = (key <= query) & ((key < 5) | (key > query - 16))
     mask = torch.zeros(161, 161).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
@@ -109,7 +111,7 @@ def test_where_all_heads_stream_the_states_are_those_under_the_mask(tmp_path: Pa
             for each in (None, mask)
         )
     expected = float((streamed - own).square().mean() / own.square().mean())
-    assert expected > 0.1
+    assert 0.1 < expected < 2.0
     assert streaming_distance(model, [text], ~FULL, sink=5, recent=16) == pytest.approx(expected, rel=1e-3)
 
 
@@ -157,6 +159,7 @@ def test_training_finds_the_head_that_matters(tmp_path: Path, needed: tuple[int,
     others = torch.ones_like(FULL)
     others[needed] = False
     assert alpha[needed] > 0.6 and alpha[others].max() < 0.2
+    assert alpha.min() >= 0.0 and alpha.max() <= 1.0
 
 
 def trained(model: Any, steps: int, report: Callable[[int, float], None] = lambda *_: None) -> Tensor:
@@ -222,7 +225,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_grows_with_the_square_of_the_length(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(differentiable, "MOST_LOGITS", 4 * 1024 * 8)
+    monkeypatch.setattr(differentiable, "MOST_LOGITS", 4 * 1024 * 8)  # eight rows of the longer text
     model = tiny(tmp_path, family)
     sizes = []
     for length in (256, 1024):

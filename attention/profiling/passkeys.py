@@ -23,8 +23,8 @@ class TrainingText:
 @dataclass(frozen=True, slots=True)
 class Passkeys:
     """Training texts by number: `keys` facts at random places in filler, and all their questions with the answers at
-    the end, in turn; `shortest` to `longest` tokens or a few less, drawn evenly. `encode_chat` renders a chat by the
-    model's template, without the opening of a further reply."""
+    the end, in turn; `shortest` to `longest` tokens or a few less, drawn evenly. `encode_chat` makes tokens of a
+    chat by the model's template; whether it opens a further reply at the end does not matter."""
 
     filler: Filler
     encode_chat: Callable[[list[Message]], Sequence[int]]
@@ -67,7 +67,7 @@ def find_answers(
         other = [*chat[:turn], {**message, "content": _altered(message["content"])}, *chat[turn + 1 :]]
         changed = list(encode_chat(other))
         start = _common(ids, changed)
-        stop = len(ids) - min(_common(ids[::-1], changed[::-1]), len(ids) - start, len(changed) - start)
+        stop = len(ids) - _common(ids[::-1], changed[::-1])
         if not (found[-1].stop if found else 1) <= start < stop:
             raise ValueError("the chat template does not show each reply once and in order, so none can be trained on")
         found.append(range(start, stop))
