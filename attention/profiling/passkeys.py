@@ -23,8 +23,8 @@ class TrainingText:
 @dataclass(frozen=True, slots=True)
 class Passkeys:
     """Training texts by number: `keys` facts at random places in filler, and all their questions with the answers at
-    the end, in turn; `shortest` to `longest` tokens or a few less, drawn evenly. `encode_chat` makes tokens of a
-    chat by the model's template; whether it opens a further reply at the end does not matter."""
+    the end, in turn; `shortest` to `longest` tokens, drawn evenly, to within some words. `encode_chat` makes tokens
+    of a chat by the model's template; whether it opens a further reply at the end does not matter."""
 
     filler: Filler
     encode_chat: Callable[[list[Message]], Sequence[int]]
