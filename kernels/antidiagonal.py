@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gossamer.kernels.cpu_pages import Pool, pools
 from gossamer.kernels.cpu_sequences import by_sequence, queries_of, read_head, resident_pages
 from gossamer.kernels.layout import PagedKV, QueryBlocks
 
@@ -34,7 +35,7 @@ WRITTEN = 1 << 20  # logits of key groups held at once: less than that much is c
 def antidiagonal_mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, stride: int, *, scale: float) -> Tensor:
     """What antidiagonal_mass means; also how the CPU runs it: products of whole groups, as one long vector each."""
     mass = torch.zeros(kv.heads.numel(), len(blocks), kv.table.shape[1], device=q.device)
-    rows = -(-blocks.size // stride) * kv.ratio
+    rows, (keys, _) = -(-blocks.size // stride) * kv.ratio, pools(kv, torch.float32)
     for seq, own in by_sequence(blocks).items():
         past = blocks.origin[own] // kv.page_size
         pages = resident_pages(kv, seq, int(past.max()))
@@ -47,7 +48,7 @@ def antidiagonal_mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, stride:
             for g, head in enumerate(kv.heads.tolist()):
                 heads = slice(head * kv.ratio, (head + 1) * kv.ratio)
                 packed = _pack(q[:, heads], blocks, some, stride).mul_(scale / stride)
-                logits = _page_logits(packed, kv.k, g, kv.table[seq, pages], readable)
+                logits = _page_logits(packed, keys, g, kv.table[seq, pages], readable)
                 mass[g, some[:, None], pages] = _mass(logits.unflatten(1, (-1, kv.ratio)), real, readable)
     return mass
 
@@ -69,11 +70,11 @@ def _pack(q: Tensor, blocks: QueryBlocks, own: Tensor, stride: int) -> Tensor:
     return packed.flatten(3).flatten(1, 2)
 
 
-def _page_logits(packed: Tensor, pool: Tensor, head: int, physical: Tensor, readable: Tensor) -> Tensor:
+def _page_logits(packed: Tensor, pool: Pool, head: int, physical: Tensor, readable: Tensor) -> Tensor:
     """packed [n, R, stride * D], physical [X] pages of which block i reads the first readable[i] -> [n, R, X]: the
     logarithm of the sum of exponentials over each page's key groups, -inf where not readable."""
     tiles, rows, long = packed.shape
-    pages, page = physical.numel(), pool.shape[2] * pool.shape[3]
+    pages, page = physical.numel(), pool.stored.shape[2] * pool.stored.shape[3]
     logits = torch.full((tiles, rows, pages), -torch.inf)
     read = max(1, READ // page)
     for low in range(0, pages, read):

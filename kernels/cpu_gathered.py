@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.cpu_attention import attend, merge
-from gossamer.kernels.cpu_pages import read_pages, read_rows
+from gossamer.kernels.cpu_pages import Pool, pools, read_pages, read_rows
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
 
 COPIED_BYTES = 16 << 20  # keys and values copied at once: they should still be in the cache when they are read
@@ -120,7 +120,8 @@ def attend_gathered(
     tiles = Tiles.of(kv, blocks, index, head, block)
     queries = min(blocks.size, max(row.count for row in blocks.rows))
     flat_q = q.reshape(-1, q.shape[2])
-    batches = tiles.batches(2 * kv.k.shape[3] * kv.k.element_size(), kv.page_size)
+    both = pools(kv, q.dtype)
+    batches = tiles.batches(2 * kv.k.shape[3] * both[0].dtype.itemsize, kv.page_size)
     for rows, clear, partial, tokens in batches:
         step = torch.minimum(torch.arange(queries), tiles.count[rows][:, None] - 1)  # a short tile repeats its last
         query = tiles.pos[rows][:, None] + step
@@ -129,11 +130,11 @@ def attend_gathered(
         packed = flat_q.index_select(0, place.flatten()).view(*place.shape, -1)
         keys = []
         if clear:
-            keys.append(_clear_pages(kv, tiles, rows, clear))
+            keys.append(_clear_pages(kv, both, tiles, rows, clear))
         if partial:
-            keys.append(_partial_pages(kv, tiles, rows, partial, query))
+            keys.append(_partial_pages(kv, both, tiles, rows, partial, query))
         if tokens and tiles.single is not None:
-            keys.append(_single_tokens(kv, tiles, tiles.single, rows, tokens, query))
+            keys.append(_single_tokens(kv, both, tiles, tiles.single, rows, tokens, query))
         parts = [attend(packed, k, v, scale=scale, softcap=softcap, visible=visible) for k, v, visible in keys]
         merged, total = merge(parts, None if sinks is None else sinks[heads])
         write_rows(out, place, merged)
@@ -148,20 +149,22 @@ def write_rows(to: Tensor, place: Tensor, rows: Tensor) -> None:
         to[place // to.shape[1], place % to.shape[1]] = rows.to(to.dtype)
 
 
+Both = tuple[Pool, Pool]  # keys and values
 Keys = tuple[Tensor, Tensor, Tensor | None]  # k, v [x, n, D]; visible [x, M or 1, n]
 
 
-def _clear_pages(kv: PagedKV, tiles: Tiles, rows: Tensor, width: int) -> Keys:
+def _clear_pages(kv: PagedKV, both: Both, tiles: Tiles, rows: Tensor, width: int) -> Keys:
     page, real = tiles.clear.padded(rows, width)
     head, physical = tiles.head[rows], kv.table[tiles.seq[rows][:, None], page].long()
     visible = None if bool(real.all()) else real.repeat_interleave(kv.page_size, 1)[:, None]
-    return read_pages(kv.k, head, physical), read_pages(kv.v, head, physical), visible
+    k, v = (read_pages(pool, head, physical) for pool in both)
+    return k, v, visible
 
 
-def _partial_pages(kv: PagedKV, tiles: Tiles, rows: Tensor, width: int, query: Tensor) -> Keys:
+def _partial_pages(kv: PagedKV, both: Both, tiles: Tiles, rows: Tensor, width: int, query: Tensor) -> Keys:
     page, real = tiles.partial.padded(rows, width)
     head, physical = tiles.head[rows], kv.table[tiles.seq[rows][:, None], page].long()
-    k, v = read_pages(kv.k, head, physical), read_pages(kv.v, head, physical)
+    k, v = (read_pages(pool, head, physical) for pool in both)
     key = (page[..., None] * kv.page_size + torch.arange(kv.page_size)).flatten(1)
     unwritten = (key >= kv.length.long()[tiles.seq[rows]][:, None]).flatten().nonzero().flatten()
     if unwritten.numel():  # whatever lies there times zero must be zero
@@ -170,13 +173,15 @@ def _partial_pages(kv: PagedKV, tiles: Tiles, rows: Tensor, width: int, query: T
     return k, v, _visible(tiles, rows, query, key) & real.repeat_interleave(kv.page_size, 1)[:, None]
 
 
-def _single_tokens(kv: PagedKV, tiles: Tiles, single: Ragged, rows: Tensor, width: int, query: Tensor) -> Keys:
+def _single_tokens(
+    kv: PagedKV, both: Both, tiles: Tiles, single: Ragged, rows: Tensor, width: int, query: Tensor
+) -> Keys:
     key, real = single.padded(rows, width)
     # A list without a token borrows position 0 of its sequence, which may have been released: any real row will do.
     page, head = key // kv.page_size, tiles.head[rows]
     physical = kv.table[tiles.seq[rows][:, None], page].long().clamp(min=0)
     slot = (head[:, None] * kv.k.shape[1] + physical) * kv.page_size + key % kv.page_size
-    k, v = read_rows(kv.k, slot), read_rows(kv.v, slot)
+    k, v = (read_rows(pool, slot) for pool in both)
     oldest = (tiles.last - tiles.window)[rows][:, None]
     seen = (key <= tiles.pos[rows][:, None]) & ((key > oldest) | (key < tiles.sink[rows][:, None]))
     if bool((seen | ~real).all()):  # by every query of its tile: an index names no single tokens of a tile's own pages

@@ -1,22 +1,52 @@
 """Reading the cache on a CPU: in place where pages lie side by side, by copy where they do not."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from gossamer.kernels.fp8 import dequantise
 from gossamer.kernels.layout import PagedKV
 
 
-def read_span(
-    kv: PagedKV, seq: int, heads: slice, begin: int, end: int, *, shortest: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of the positions begin ... end - 1 of one sequence, each [heads, tokens, D], in pieces.
+class Pool(NamedTuple):
+    """Keys or values of a view, and how they are read."""
 
-    Stretches of at least `shortest` tokens whose pages are physical neighbours are views of the cache; all others are
-    copied into one piece. The pieces together hold every position once; only the first and last may be ragged.
+    stored: Tensor  # [G, P, S, D]
+    scale: Tensor | None  # [G, P, S]
+    dtype: torch.dtype  # of what is read: as stored, or what FP8 is widened to
+
+    @property
+    def bytes(self) -> Tensor:
+        """What is stored, in a type that every operation of torch knows."""
+        return self.stored if self.scale is None else self.stored.view(torch.uint8)
+
+    def widened(self, stored: Tensor, scale: Tensor, to: Tensor | None = None) -> Tensor:
+        """Some of the bytes [..., D] and their scales [...] as numbers, in `to` if given."""
+        copy = dequantise(stored, scale, self.dtype)
+        return copy if to is None else to.copy_(copy)
+
+
+def pools(kv: PagedKV, dtype: torch.dtype) -> tuple[Pool, Pool]:
+    """Keys and values; FP8 is read as `dtype`."""
+    if kv.scale is None:
+        return Pool(kv.k, None, kv.k.dtype), Pool(kv.v, None, kv.v.dtype)
+    return Pool(kv.k, kv.scale[0], dtype), Pool(kv.v, kv.scale[1], dtype)
+
+
+def read_span(
+    kv: PagedKV, seq: int, heads: slice, begin: int, end: int, *, shortest: int, dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the positions begin ... end - 1 of one sequence, each [heads, tokens, D], in pieces; `dtype`
+    as for `pools`.
+
+    Stretches of at least `shortest` tokens whose pages are physical neighbours are views of the cache, or copies where
+    it is FP8; all others are copied into one piece. The pieces together hold every position once; only the first and
+    last may be ragged.
     """
     if begin >= end:
         return []
-    size = kv.page_size
+    size, both = kv.page_size, pools(kv, dtype)
     first = begin // size
     physical = kv.table[seq, first : (end - 1) // size + 1]
     breaks = (physical[1:] - physical[:-1] != 1).nonzero().flatten().tolist()
@@ -29,51 +59,81 @@ def read_span(
         start, stop = max(begin, (first + low) * size), min(end, (first + high) * size)
         if stop - start >= shortest or len(host) == 1:
             offset = start - (first + low) * size
-            slot = where * size + offset
-            pieces.append((in_place(kv.k, heads, slot, stop - start), in_place(kv.v, heads, slot, stop - start)))
+            k, v = (in_place(pool, heads, where * size + offset, stop - start) for pool in both)
+            pieces.append((k, v))
         else:
             scattered.append((low, high))
     if scattered:
         chosen = torch.cat([physical[low:high] for low, high in scattered])
         low = max(begin - (first + scattered[0][0]) * size, 0)
         high = chosen.numel() * size - max((first + scattered[-1][1]) * size - end, 0)
-        k, v = (pool[heads].index_select(1, chosen).flatten(1, 2)[:, low:high] for pool in (kv.k, kv.v))
+        k, v = (_chosen(pool, heads, chosen)[:, low:high] for pool in both)
         pieces.append((k, v))
     return pieces
 
 
-def in_place(pool: Tensor, heads: slice, slot: int, tokens: int) -> Tensor:
-    """pool [G, P, S, D] -> [heads, tokens, D] from row `slot` of each head's P * S rows on; a view where a head's
-    pages are contiguous, as the cache makes them."""
-    size, (head, page, row, _) = pool.shape[2], pool.stride()
+def _chosen(pool: Pool, heads: slice, physical: Tensor) -> Tensor:
+    """A copy [heads, n * S, D] of some pages."""
+    copy = pool.bytes[heads].index_select(1, physical).flatten(1, 2)
+    if pool.scale is None:
+        return copy
+    return pool.widened(copy, pool.scale[heads].index_select(1, physical).flatten(1, 2))
+
+
+def in_place(pool: Pool, heads: slice, slot: int, tokens: int) -> Tensor:
+    """[heads, tokens, D] from row `slot` of each head's P * S rows on; a view where a head's pages are contiguous, as
+    the cache makes them, and a copy where it is FP8."""
+    rows = _side_by_side(pool.stored, heads, slot, tokens)
+    if pool.scale is None:
+        return rows
+    return pool.widened(rows, _side_by_side(pool.scale[..., None], heads, slot, tokens)[..., 0])
+
+
+def _side_by_side(table: Tensor, heads: slice, slot: int, tokens: int) -> Tensor:
+    """table [G, P, S, D]"""
+    size, (head, page, row, _) = table.shape[2], table.stride()
     if page == size * row:
-        shape = (heads.stop - heads.start, tokens, pool.shape[3])
-        return pool.as_strided(shape, (head, row, 1), pool.storage_offset() + heads.start * head + slot * row)
+        shape = (heads.stop - heads.start, tokens, table.shape[3])
+        return table.as_strided(shape, (head, row, 1), table.storage_offset() + heads.start * head + slot * row)
     first, last = slot // size, (slot + tokens - 1) // size
-    return pool[heads, first : last + 1].flatten(1, 2)[:, slot - first * size :][:, :tokens]
+    return table[heads, first : last + 1].flatten(1, 2)[:, slot - first * size :][:, :tokens]
 
 
-def read_rows(pool: Tensor, slot: Tensor, to: Tensor | None = None) -> Tensor:
-    """pool [G, P, S, D], slot [X, n], counted over G * P * S -> a copy [X, n, D] of single rows, in `to` if given."""
-    if not pool.is_contiguous():
-        page, size = slot // pool.shape[2], pool.shape[1]
-        copy = pool[page // size, page % size, slot % pool.shape[2]]
+def read_rows(pool: Pool, slot: Tensor, to: Tensor | None = None) -> Tensor:
+    """slot [X, n], counted over G * P * S -> a copy [X, n, D] of single rows, in `to` if given."""
+    if pool.scale is None:
+        return _rows(pool.stored, slot, to)
+    return pool.widened(_rows(pool.bytes, slot), _rows(pool.scale[..., None], slot)[..., 0], to)
+
+
+def _rows(table: Tensor, slot: Tensor, to: Tensor | None = None) -> Tensor:
+    """table [G, P, S, D]"""
+    if not table.is_contiguous():
+        page, size = slot // table.shape[2], table.shape[1]
+        copy = table[page // size, page % size, slot % table.shape[2]]
         return copy if to is None else to.copy_(copy)
-    rows = pool.view(-1, pool.shape[3])
+    rows = table.view(-1, table.shape[3])
     if to is None:
         return rows.index_select(0, slot.flatten()).view(*slot.shape, -1)
     torch.index_select(rows, 0, slot.flatten(), out=to.view(slot.numel(), -1))
     return to
 
 
-def read_pages(pool: Tensor, head: Tensor, physical: Tensor, to: Tensor | None = None) -> Tensor:
-    """pool [G, P, S, D], head [X], physical [X, c] -> a copy [X, c * S, D] of those pages, in `to` if given."""
-    rows, (_, pages, size, dim) = len(physical), pool.shape
-    if not pool.is_contiguous():
-        copy = pool[head[:, None], physical].flatten(1, 2)
+def read_pages(pool: Pool, head: Tensor, physical: Tensor, to: Tensor | None = None) -> Tensor:
+    """head [X], physical [X, c] -> a copy [X, c * S, D] of those pages, in `to` if given."""
+    if pool.scale is None:
+        return _pages(pool.stored, head, physical, to)
+    return pool.widened(_pages(pool.bytes, head, physical), _pages(pool.scale[..., None], head, physical)[..., 0], to)
+
+
+def _pages(table: Tensor, head: Tensor, physical: Tensor, to: Tensor | None = None) -> Tensor:
+    """table [G, P, S, D]"""
+    rows, (_, pages, size, dim) = len(physical), table.shape
+    if not table.is_contiguous():
+        copy = table[head[:, None], physical].flatten(1, 2)
         return copy if to is None else to.copy_(copy)
     at = (head[:, None] * pages + physical).flatten()
     if to is None:
-        return pool.flatten(0, 1).index_select(0, at).view(rows, -1, dim)
-    torch.index_select(pool.view(-1, size * dim), 0, at, out=to.view(len(at), size * dim))
+        return table.flatten(0, 1).index_select(0, at).view(rows, -1, dim)
+    torch.index_select(table.view(-1, size * dim), 0, at, out=to.view(len(at), size * dim))
     return to

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gossamer.kernels.cpu_attention import attend, merge
 from gossamer.kernels.cpu_gathered import padded_width
-from gossamer.kernels.cpu_pages import read_pages, read_rows
+from gossamer.kernels.cpu_pages import pools, read_pages, read_rows
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
 
 COPIED_BYTES = 4 << 20  # keys and values copied at once, so few that they are still in a core's cache when read
@@ -42,7 +42,7 @@ def attend_rows(
         packed = q[place].unsqueeze(2)
         parts = [
             attend(packed[some], k, v, scale=scale, softcap=softcap, visible=visible)
-            for some, k, v, visible in keys.copies(kv)
+            for some, k, v, visible in keys.copies(kv, q.dtype)
         ]
         whole = (torch.cat([each for each, _ in parts]), torch.cat([each for _, each in parts]))
         merged, total = merge([whole], None if sinks is None else sinks[heads])
@@ -75,16 +75,19 @@ class RowKeys:
     visible: Tensor  # [X, 1, keys]
     unwritten: Tensor | None  # [X, S] of the query's own page; None where a row says what it reads token by token
 
-    def copies(self, kv: PagedKV) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    def copies(self, kv: PagedKV, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Rows, their keys and values [x, keys, D] and what is visible, as many at a time as COPIED_BYTES holds. What
         was given is overwritten by what comes next. Keys and values in unwritten places are 0."""
-        (rows, _, keys), dim = self.visible.shape, kv.k.shape[3]
-        most = max(1, COPIED_BYTES // (keys * 2 * dim * kv.k.element_size()))
-        room = kv.k.new_empty(2, min(rows, most), keys, dim)  # one for all: fresh memory costs more than the copy
+        (rows, _, keys), dim, both = self.visible.shape, kv.k.shape[3], pools(kv, dtype)
+        dtype = both[0].dtype
+        most = max(1, COPIED_BYTES // (keys * 2 * dim * dtype.itemsize))
+        room = torch.empty(
+            2, min(rows, most), keys, dim, dtype=dtype
+        )  # one for all: fresh memory costs more than the copy
         for low in range(0, rows, most):
             some = slice(low, low + most)
             copy = room[:, : min(rows - low, most)]
-            for pool, to in zip((kv.k, kv.v), copy, strict=True):
+            for pool, to in zip(both, copy, strict=True):
                 if self.pages is not None:
                     read_pages(pool, self.head[some], self.pages[some], to)
                 elif self.slots is not None:

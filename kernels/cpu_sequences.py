@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gossamer.kernels.cpu_pages import Pool
 from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks
 
 
@@ -28,10 +29,13 @@ def resident_pages(kv: PagedKV, seq: int, stop: int) -> Tensor:
     return (kv.table[seq, :stop] != NULL_PAGE).nonzero().flatten()
 
 
-def read_head(pool: Tensor, head: int, physical: Tensor) -> Tensor:
-    """pool [G, P, S, D], physical [n > 0] -> those pages of one head, [n, S, D] float32: in place where they lie side
-    by side and are float32 already."""
+def read_head(pool: Pool, head: int, physical: Tensor) -> Tensor:
+    """physical [n > 0] -> those pages of one head, [n, S, D] float32: in place where they lie side by side and are
+    float32 already."""
     if bool((physical[1:] - physical[:-1] == 1).all()):
-        first = int(physical[0])
-        return pool[head, first : first + physical.numel()].float()
-    return pool[head].index_select(0, physical).float()
+        where = slice(int(physical[0]), int(physical[0]) + physical.numel())
+        stored, scale = pool.bytes[head, where], None if pool.scale is None else pool.scale[head, where]
+    else:
+        stored = pool.bytes[head].index_select(0, physical)
+        scale = None if pool.scale is None else pool.scale[head].index_select(0, physical)
+    return stored.float() if scale is None else pool.widened(stored, scale)

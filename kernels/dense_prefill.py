@@ -6,6 +6,7 @@ n queries behind p earlier tokens make n * (p + n) products and copy p + n keys:
 import torch
 from torch import Tensor
 
+from gossamer.kernels.fp8 import dequantise
 from gossamer.kernels.layout import BlockRow, PagedKV, QueryBlocks
 
 LEAST_QUERIES = 256
@@ -42,7 +43,14 @@ def dense_prefill(q: Tensor, kv: PagedKV, chunk: BlockRow, out: Tensor, *, scale
     """
     length, own = chunk.pos + chunk.count, slice(chunk.token, chunk.token + chunk.count)
     physical = kv.table[chunk.seq, : -(-length // kv.page_size)]
-    k, v = (pool.index_select(1, physical).flatten(1, 2)[None, :, :length] for pool in (kv.k, kv.v))
+    if kv.scale is None:
+        k, v = (pool.index_select(1, physical) for pool in (kv.k, kv.v))
+    else:
+        k, v = (
+            dequantise(pool.view(torch.uint8).index_select(1, physical), scale.index_select(1, physical), q.dtype)
+            for pool, scale in zip((kv.k, kv.v), kv.scale, strict=True)
+        )
+    k, v = (copy.flatten(1, 2)[None, :, :length] for copy in (k, v))
     side = q[own].transpose(0, 1)[None]
     if q.is_cuda:
         # The public function would read is_causal from the first key on, not to the last, and ask cuDNN, which builds

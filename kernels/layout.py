@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gossamer.kernels.fp8 import FP8, SCALE
+
 PAGE_SIZE = 64
 NULL_PAGE = -1  # a logical page whose memory was released
 UNLIMITED = 2**30  # a window no sequence outgrows
@@ -24,7 +26,7 @@ class PagedKV:
     j <= p and (j > p - window[b, g] or j < sink[b, g]).
     """
 
-    k: Tensor  # [G, P, S, D]
+    k: Tensor  # [G, P, S, D]; the numbers times `scale` where that is not None
     v: Tensor  # [G, P, S, D]
     table: Tensor  # [B, L] int32, logical page -> physical page or NULL_PAGE
     length: Tensor  # [B] int32, tokens stored so far, this step's included
@@ -33,16 +35,30 @@ class PagedKV:
     window: Tensor  # [B, G] int32, most recent tokens that are visible (own token included); UNLIMITED for all
     ratio: int  # query heads per KV head: query heads h * ratio ... h * ratio + ratio - 1 read KV head h
     summaries: Mapping[str, Tensor] = field(default_factory=dict)  # [G, P, ...] each: what selectors know of full pages
+    scale: Tensor | None = None  # [2, G, P, S] bfloat16: of each key and each value, where they are FP8 (fp8.py)
 
     def __post_init__(self) -> None:
         assert self.k.shape == self.v.shape and self.k.shape[0] == self.heads.numel()
         assert self.sink.shape == self.window.shape == (self.table.shape[0], self.heads.numel())
         assert self.k.stride(-1) == self.v.stride(-1) == 1
+        if self.scale is not None:
+            assert self.k.dtype == self.v.dtype == FP8 and self.scale.dtype == SCALE
+            assert self.scale.shape == (2, *self.k.shape[:3]) and self.scale.stride(-1) == 1
         assert all(x.dtype == torch.int32 for x in (self.table, self.length, self.heads, self.sink, self.window))
 
     @property
     def page_size(self) -> int:
         return self.k.shape[2]
+
+    @property
+    def key_scale(self) -> Tensor | None:
+        """[G, P, S]"""
+        return None if self.scale is None else self.scale[0]
+
+    @property
+    def value_scale(self) -> Tensor | None:
+        """[G, P, S]"""
+        return None if self.scale is None else self.scale[1]
 
     def only(self, own: slice) -> "PagedKV":
         """The same memory, seen by a run of the heads."""
@@ -56,6 +72,7 @@ class PagedKV:
             self.window[:, own],
             self.ratio,
             {name: table[own] for name, table in self.summaries.items()},
+            None if self.scale is None else self.scale[:, own],
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.cpu_attention import Part, attend_in_pieces, merge
-from gossamer.kernels.cpu_pages import in_place, read_span
+from gossamer.kernels.cpu_pages import in_place, pools, read_span
 from gossamer.kernels.cpu_rows import attend_rows
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
 
@@ -62,7 +62,7 @@ def paged_decode_torch(
         low, high = heads[run.first_head] * ratio, (heads[run.last_head] + 1) * ratio
         packed = q[row.token, low:high].unflatten(0, (-1, ratio)).unsqueeze(2)
         parts: list[Part] = []
-        for k, v in _read(kv, run, row.seq, row.pos):
+        for k, v in _read(kv, run, row.seq, row.pos, q.dtype):
             parts += attend_in_pieces(packed, k, v, scale=scale, softcap=softcap, piece=piece)
         merged, total = merge(parts, None if sinks is None else sinks[low:high].view(-1, ratio))
         out[row.token, low:high] = merged.flatten(0, 2)
@@ -119,16 +119,17 @@ def _runs_in_place(kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, heads: 
     return runs, rest
 
 
-def _read(kv: PagedKV, run: Run, seq: int, pos: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [heads, tokens, D] that the query at `pos` may see of the run."""
+def _read(kv: PagedKV, run: Run, seq: int, pos: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [heads, tokens, D] that the query at `pos` may see of the run; `dtype` as for `pools`."""
     heads, size = slice(run.first_head, run.last_head + 1), kv.page_size
     pieces = []
     for begin, end in _visible_spans(run.first_page * size, run.sink, run.window, pos):
         if run.breaks:
-            pieces += read_span(kv, seq, heads, begin, end, shortest=LEAST_IN_PLACE)
+            pieces += read_span(kv, seq, heads, begin, end, shortest=LEAST_IN_PLACE, dtype=dtype)
         else:
             slot = (run.physical - run.first_page) * size + begin
-            pieces.append((in_place(kv.k, heads, slot, end - begin), in_place(kv.v, heads, slot, end - begin)))
+            k, v = (in_place(pool, heads, slot, end - begin) for pool in pools(kv, dtype))
+            pieces.append((k, v))
     return pieces
 
 

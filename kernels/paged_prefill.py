@@ -155,9 +155,9 @@ def _attend_whole(
     tokens = slice(row.token, row.token + queries)
     packed = q[tokens, query_heads].unflatten(1, (-1, ratio)).permute(1, 2, 0, 3)
     shortest = max(LEAST_IN_PLACE, queries)  # a copy costs its keys, joining a part costs the queries
-    before = read_span(kv, row.seq, heads, stretch.begin, row.pos, shortest=shortest)
+    before = read_span(kv, row.seq, heads, stretch.begin, row.pos, shortest=shortest, dtype=q.dtype)
     parts = [attend(packed, k, v, scale=scale, softcap=softcap) for k, v in before]
-    ((k, v),) = read_span(kv, row.seq, heads, row.pos, end, shortest=end)
+    ((k, v),) = read_span(kv, row.seq, heads, row.pos, end, shortest=end, dtype=q.dtype)
     parts.append(attend(packed, k, v, scale=scale, softcap=softcap, causal=True))
     merged, total = merge(parts, None if sinks is None else sinks[query_heads].view(-1, ratio))
     out[tokens, query_heads].unflatten(1, (-1, ratio)).permute(1, 2, 0, 3).copy_(merged)

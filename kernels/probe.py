@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gossamer.kernels.cpu_pages import pools
 from gossamer.kernels.cpu_sequences import read_head, resident_pages
 from gossamer.kernels.layout import BlockRow, PagedKV, QueryBlocks
 
@@ -76,9 +77,9 @@ def _weights(q: Tensor, kv: PagedKV, span: BlockRow, g: int, pages: Tensor, scal
     asked = asked.reshape(-1, dim).mul(scale)
     physical = kv.table[span.seq, pages]
     scores = torch.empty(asked.shape[0], pages.numel() * kv.page_size)
-    read = max(1, READ // (kv.page_size * dim))
+    read, (stored, _) = max(1, READ // (kv.page_size * dim)), pools(kv, torch.float32)
     for begin in range(0, pages.numel(), read):
-        keys = read_head(kv.k, g, physical[begin : begin + read]).reshape(-1, dim)
+        keys = read_head(stored, g, physical[begin : begin + read]).reshape(-1, dim)
         first = begin * kv.page_size
         torch.mm(asked, keys.T, out=scores[:, first : first + keys.shape[0]])
     by_head = scores.unflatten(0, (kv.ratio, -1))

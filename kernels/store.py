@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gossamer.kernels.fp8 import quantise
 from gossamer.kernels.layout import PagedKV, QueryBlocks
 
 
@@ -10,7 +11,8 @@ def store(k: Tensor, v: Tensor, kv: PagedKV, blocks: QueryBlocks) -> None:
     """Copy the keys and values of the tokens in `blocks` to the pages that the table gives their positions.
 
     k, v [T, heads of the layer, D], any strides with unit stride in D; kv.heads says which of them are taken. Every
-    page that a token falls into must be resident (not NULL_PAGE). Writes kv.k and kv.v; nothing else in them changes.
+    page that a token falls into must be resident (not NULL_PAGE). Writes kv.k, kv.v and, where there are scales, these
+    (fp8.quantise); nothing else in them changes.
     """
     if len(blocks) == 0:
         return
@@ -33,5 +35,11 @@ def store_torch(k: Tensor, v: Tensor, kv: PagedKV, blocks: QueryBlocks) -> None:
     page = kv.table[seq, position // size].long()
     assert bool((page >= 0).all()), "a new token falls into a page that was released"
     slot, heads = page * size + position % size, kv.heads.long()
-    for new, pool in ((k, kv.k), (v, kv.v)):
-        pool.flatten(1, 2)[:, slot] = new[token[:, None], heads].transpose(0, 1).to(pool.dtype)
+    for i, (new, pool) in enumerate(((k, kv.k), (v, kv.v))):
+        taken = new[token[:, None], heads].transpose(0, 1)  # [G, n, D]
+        if kv.scale is None:
+            pool.flatten(1, 2)[:, slot] = taken.to(pool.dtype)
+        else:
+            stored, scale = quantise(taken)
+            pool.view(torch.uint8).flatten(1, 2)[:, slot] = stored.view(torch.uint8)
+            kv.scale[i].flatten(1, 2)[:, slot] = scale

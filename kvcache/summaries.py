@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gossamer.kernels.fp8 import FP8
 from gossamer.kernels.layout import PagedKV
 from gossamer.kernels.page_summaries import page_bounds, page_labels, page_means, page_pools
 from gossamer.kvcache.groups import HeadGroup
@@ -62,7 +63,7 @@ class MeanKeys:
         return (head_dim,)
 
     def write(self, kv: PagedKV, filled: FilledPages) -> None:
-        page_means(kv.k, filled.physical(kv), kv.summaries[self.name])
+        page_means(kv.k, filled.physical(kv), kv.summaries[self.name], kv.key_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class MeanValues:
         return (head_dim,)
 
     def write(self, kv: PagedKV, filled: FilledPages) -> None:
-        page_means(kv.v, filled.physical(kv), kv.summaries[self.name])
+        page_means(kv.v, filled.physical(kv), kv.summaries[self.name], kv.value_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class KeyBounds:
         return (page_size // self.tokens, 2, head_dim)
 
     def write(self, kv: PagedKV, filled: FilledPages) -> None:
-        page_bounds(kv.k, filled.physical(kv), kv.summaries[self.name])
+        page_bounds(kv.k, filled.physical(kv), kv.summaries[self.name], kv.key_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class Labels:
         return self.on_device[kv.heads.long()]
 
     def write(self, kv: PagedKV, filled: FilledPages) -> None:
-        page_labels(kv.k, filled.physical(kv), self.of(kv), kv.summaries[self.name])
+        page_labels(kv.k, filled.physical(kv), self.of(kv), kv.summaries[self.name], kv.key_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +171,12 @@ class GateKeys:
 
     def write(self, kv: PagedKV, filled: FilledPages) -> None:
         physical, first = filled.physical(kv).long(), filled.page * kv.page_size
-        keys = kv.k[:, physical]
+        scale = None if kv.key_scale is None else kv.key_scale[:, physical]
+        keys = kv.k[:, physical] if scale is None else kv.k.view(torch.uint8)[:, physical].view(FP8)
         pooled = torch.zeros(*keys.shape[:2], 3, keys.shape[3], device=keys.device)
         number = torch.arange(physical.numel(), dtype=torch.int32, device=keys.device)
         number = torch.where(physical >= 0, number, -1)
-        page_pools(keys, number, first, self.rotary.inv_freq, self.rotary.scaling, pooled)
+        page_pools(keys, number, first, self.rotary.inv_freq, self.rotary.scaling, pooled, scale)
         keys = pooled.flatten(2)[:, None] @ self.weight[kv.heads.long()].float()  # [G, K, f, E]
         if self.norm is not None:
             keys = torch.nn.functional.rms_norm(keys, self.norm.shape, self.norm.float(), 1e-6)
