@@ -40,7 +40,8 @@ class KVCache:
     findable until their memory is needed. Not thread-safe: one thread owns it; `stats` may be read from any.
 
     groups: cover each KV head of each layer exactly once. num_pages: per group. ratio: query heads per KV head.
-    summaries: [layer][KV head], what is to be known of each full page beside its keys and values.
+    summaries: [layer][KV head], what is to be known of each full page beside its keys and values. dtype: of the model;
+    `fp8` keeps keys and values in half of bfloat16's memory (kernels/fp8.py).
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class KVCache:
         page_size: int = PAGE_SIZE,
         prefix_caching: bool = True,
         summaries: Sequence[Sequence[Sequence[Summary]]] = (),
+        fp8: bool = False,
     ) -> None:
         self.groups = tuple(groups)
         self.page_size = page_size
@@ -71,6 +73,7 @@ class KVCache:
                 dtype=dtype,
                 device=device,
                 summaries=shapes,
+                fp8=fp8,
             )
             for group, pages, shapes in zip(
                 self.groups, num_pages, shapes_by_group(self.groups, summaries, page_size, head_dim), strict=True

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gossamer.kernels.fp8 import FP8, SCALE
 from gossamer.kernels.layout import NULL_PAGE
 from gossamer.kvcache.prefix import PrefixIndex
 
@@ -25,7 +26,8 @@ class PagePool:
     (owned by nobody, kept for a later prefix hit until the memory is needed).
 
     k and v: [slots, pages, page_size, head_dim], allocated once and not cleared: what has not been written is garbage.
-    summaries: [slots, pages, *shape] for each shape asked for, likewise; they live and die with the pages.
+    summaries: [slots, pages, *shape] for each shape asked for, likewise; they live and die with the pages. So do the
+    scales [2, slots, pages, page_size] of keys and values that are kept as `fp8`; summaries are `dtype` always.
     """
 
     def __init__(
@@ -38,9 +40,12 @@ class PagePool:
         dtype: torch.dtype,
         device: torch.device | str,
         summaries: Mapping[str, tuple[int, ...]] | None = None,
+        fp8: bool = False,
     ) -> None:
-        self.k = torch.empty(slots, num_pages, page_size, head_dim, dtype=dtype, device=device)
+        kept = FP8 if fp8 else dtype
+        self.k = torch.empty(slots, num_pages, page_size, head_dim, dtype=kept, device=device)
         self.v = torch.empty_like(self.k)
+        self.scale = torch.empty(2, slots, num_pages, page_size, dtype=SCALE, device=device) if fp8 else None
         self.summaries = {
             name: torch.empty(slots, num_pages, *shape, dtype=dtype, device=device)
             for name, shape in (summaries or {}).items()
@@ -74,7 +79,7 @@ class PagePool:
 
     @property
     def bytes_per_page(self) -> int:
-        tables = (self.k, self.v, *self.summaries.values())
+        tables = [self.k, self.v, *self.summaries.values(), *([] if self.scale is None else self.scale)]
         return sum(table[:, 0].numel() * table.element_size() for table in tables)
 
     def cached_pages(self) -> Iterator[int]:

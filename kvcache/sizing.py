@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 
+from gossamer.kernels.fp8 import FP8, SCALE
 from gossamer.kernels.layout import PAGE_SIZE, UNLIMITED
 from gossamer.kvcache.groups import HeadGroup
 from gossamer.kvcache.retention import Retention
@@ -31,11 +32,14 @@ def bytes_per_page(
     dtype: torch.dtype,
     summaries: Mapping[str, tuple[int, ...]],
     page_size: int = PAGE_SIZE,
+    *,
+    fp8: bool = False,
 ) -> int:
     """Bytes of keys, values and summaries (by name, the shape for one head) in one page of a group: its heads of all
-    layers."""
-    numbers = 2 * page_size * head_dim + sum(prod(shape) for shape in summaries.values())
-    return group.num_heads * numbers * dtype.itemsize
+    layers. With `fp8`, keys and values take a byte a number, and a scale each."""
+    token = head_dim * FP8.itemsize + SCALE.itemsize if fp8 else head_dim * dtype.itemsize
+    known = sum(prod(shape) for shape in summaries.values()) * dtype.itemsize
+    return group.num_heads * (2 * page_size * token + known)
 
 
 def longest_sequence(

@@ -28,6 +28,7 @@ class _LayerSlice(NamedTuple):
     limits: tuple[int, int]  # (group, G), which sink and window tensors fit
     summaries: Mapping[str, Tensor]
     written: tuple[Summary, ...]  # what writes them
+    scale: Tensor | None  # [2, G, P, S]
 
 
 class Packed(NamedTuple):
@@ -82,7 +83,8 @@ class StepViews:
     def _view(self, part: _LayerSlice) -> PagedKV:
         sink, window = self._limits[part.limits]
         table = self._tables[part.group]
-        return PagedKV(part.k, part.v, table, self._length, part.heads, sink, window, self._ratio, part.summaries)
+        limits = (part.heads, sink, window, self._ratio)
+        return PagedKV(part.k, part.v, table, self._length, *limits, part.summaries, part.scale)
 
 
 class Room:
@@ -125,8 +127,9 @@ class ViewPlan:
                 asked = (each for head in heads for each in (summaries[layer][head] if summaries else ()))
                 wanted = tuple(dict.fromkeys(asked))
                 tables = {each.name: pool.summaries[each.name][own] for each in wanted}
+                scale = None if pool.scale is None else pool.scale[:, own]
                 layers[layer].append(
-                    _LayerSlice(number, pool.k[own], pool.v[own], on_device, heads, limits, tables, wanted)
+                    _LayerSlice(number, pool.k[own], pool.v[own], on_device, heads, limits, tables, wanted, scale)
                 )
         for layer, parts in enumerate(layers):
             covered = sorted(head for part in parts for head in part.numbers)

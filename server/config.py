@@ -18,6 +18,7 @@ DEMO_MODEL = "gossamer-demo"
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
+KVCacheDType = Literal["auto", "fp8", "fp8_e4m3"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 GenerationDefaults = Literal["auto", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -77,7 +78,7 @@ class ServerConfig:
     revision: str | None = _knob("Model", "Branch, tag or commit of the model on the hub.", None)
     tokenizer: str | None = _knob("Model", "Directory or id of the tokenizer.", None, shown="MODEL")
     chat_template: str | None = _knob("Model", "File with a Jinja chat template.", None, shown="the tokenizer's")
-    dtype: DType = _knob("Model", "Type of weights and KV cache; auto: the checkpoint's where it is fast.", "auto")
+    dtype: DType = _knob("Model", "Type of weights; auto: the checkpoint's where it is fast.", "auto")
     device: Device = _knob("Model", "Where the model runs; auto: a GPU where there is one.", "auto")
     load_format: LoadFormat = _knob("Model", "auto, safetensors: the weights; dummy: random ones, for tests.", "auto")
     fused_kernels: bool = _knob(
@@ -104,6 +105,12 @@ class ServerConfig:
     )  # fmt: skip
     kv_cache_memory: int | None = _knob(
         "Memory and batching", "Memory for keys and values.", None, low=1, unit=parse_bytes, shown="what is free"
+    )
+    kv_cache_dtype: KVCacheDType = _knob(
+        "Memory and batching",
+        "Type of keys and values in the cache. auto: --dtype; fp8 (or fp8_e4m3): float8_e4m3fn with a scale per "
+        "token and KV head, half the memory of bfloat16.",
+        "auto",
     )
     gpu_memory_utilization: float = _knob(
         "Memory and batching", "Share of the GPU's memory to use when --kv-cache-memory is not given.", 0.9,
@@ -195,6 +202,11 @@ class ServerConfig:
     def model_path(self) -> str:
         """What to load: the packaged demo model's directory, or `model` as given."""
         return str(files("gossamer") / "configs" / "models" / DEMO_MODEL) if self.model == DEMO_MODEL else self.model
+
+    @property
+    def fp8_cache(self) -> bool:
+        """Whether keys and values are kept in FP8."""
+        return self.kv_cache_dtype != "auto"
 
     @property
     def queued_requests(self) -> int:

@@ -57,7 +57,7 @@ def _welcome(console: Console, engine: ServingEngine, config: ServerConfig, port
         "Ready": f"{url}  (OpenAI API)",
         "Model": f"{engine.model.name}, up to {engine.model.max_model_len:,} tokens",
         "Attention": f"policy {policy}, operating point {point or engine.default_point}{points}",
-        "KV cache": f"{engine.stats().kv_token_capacity:,} tokens",
+        "KV cache": f"{engine.stats().kv_token_capacity:,} tokens" + (" in FP8" if config.fp8_cache else ""),
     }
     console.print()
     for name, text in rows.items():

@@ -11,6 +11,7 @@ from gossamer.attention.packaged import find_policy_file, packaged_policies
 from gossamer.attention.policy import AttentionPolicy, dense_policy, within_windows
 from gossamer.attention.policy_file import PolicyError, check_model, load_policy_file
 from gossamer.kernels.dense_prefill import LEAST_QUERIES
+from gossamer.kernels.fp8 import FP8
 from gossamer.kernels.layout import PAGE_SIZE
 from gossamer.kvcache.cache import KVCache
 from gossamer.kvcache.groups import HeadGroup, group_heads
@@ -83,7 +84,8 @@ def assemble(
         )
     groups = group_heads(policy.rules())
     sizing, longest = _size_cache(config, model, policy, groups, step_tokens)
-    report(f"KV cache: room for {sizing.token_capacity} tokens in {sum(sizing.num_pages)} pages")
+    kept = "float8_e4m3fn" if config.fp8_cache else str(model.dtype).removeprefix("torch.")
+    report(f"KV cache: room for {sizing.token_capacity} tokens in {sum(sizing.num_pages)} pages ({kept})")
     try:
         cache = KVCache(
             groups,
@@ -94,6 +96,7 @@ def assemble(
             device=model.device,
             prefix_caching=config.enable_prefix_caching,
             summaries=policy.summaries(),
+            fp8=config.fp8_cache,
         )
     except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError for memory that is not there
         raise StartupError(
@@ -162,16 +165,18 @@ def _size_cache(
     """Pages per group, and the longest sequence to serve: as asked for, or what the model can and memory holds."""
     shape = model.shape
     reserve = ACTIVATION_COPIES * step_tokens * shape.activation_width * model.dtype.itemsize
-    # dense_prefill copies the keys and values of one layer of one sequence.
+    # dense_prefill copies the keys and values of one layer of one sequence; FP8 ones once as they are.
     longest_possible = config.max_model_len or shape.max_positions
-    reserve += 2 * longest_possible * shape.kv_heads * shape.head_dim * model.dtype.itemsize
+    copied = 2 * model.dtype.itemsize + (FP8.itemsize if config.fp8_cache else 0)
+    reserve += longest_possible * shape.kv_heads * shape.head_dim * copied
     memory = config.kv_cache_memory or cache_memory(model.device, config.gpu_memory_utilization, reserve)
     rules = [
         [point.heads[layer][heads[0]].keep for layer, heads in (g.slots[0] for g in groups)] for point in policy.points
     ]
     tables = shapes_by_group(groups, policy.summaries(), PAGE_SIZE, shape.head_dim)
     page_bytes = [
-        bytes_per_page(group, shape.head_dim, model.dtype, own) for group, own in zip(groups, tables, strict=True)
+        bytes_per_page(group, shape.head_dim, model.dtype, own, fp8=config.fp8_cache)
+        for group, own in zip(groups, tables, strict=True)
     ]
     wanted = config.max_model_len or shape.max_positions
     if config.max_model_len is not None and config.max_model_len > shape.max_positions:
