@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor, empty, float32
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks
+from gossamer.kernels.triton.fp8 import load_scales, stored, widen
 from gossamer.kernels.triton.tiles import LOG2_E, VARYING, load_rows
 from gossamer.kernels.triton.tuned import tuned
 
@@ -48,8 +49,8 @@ def launch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, stride: int, *, scale: f
     tiles: dict[int, int] = {}
     for row in blocks.rows:
         tiles[row.seq] = tiles.get(row.seq, 0) + 1
-    item = kv.k.element_size()
-    options = tile(dim, item, max(tiles.values()) * rows, stride)
+    own, item = stored(q, kv), kv.k.element_size()
+    options = tile(dim, own.itemsize, max(tiles.values()) * rows, stride)
     options = tuned("antidiagonal", options, q.device, dim=dim, bytes=item, stride=stride)
     pages = options["KEYS"] * stride // kv.page_size
     most = max(1, PART_BYTES // (4 * heads * rows * width))
@@ -58,10 +59,10 @@ def launch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, stride: int, *, scale: f
         pos, count = blocks.pos[some], blocks.count[some]
         part = empty(heads, pos.numel() * rows, width, dtype=float32, device=q.device)
         _page_logits[(triton.cdiv(part.shape[1], options["M"]), heads, triton.cdiv(width, pages))](
-            q, kv.k, part, kv.table, kv.heads, blocks.seq[some], blocks.token[some], pos, count,
-            *q.stride()[:2], *kv.k.stride()[:3], kv.table.stride(0),
+            q, own.k, own.scale, part, kv.table, kv.heads, blocks.seq[some], blocks.token[some], pos, count,
+            *q.stride()[:2], *kv.k.stride()[:3], *own.strides[1:], kv.table.stride(0),
             pos.numel(), blocks.size, width, scale * LOG2_E / stride, kv.ratio, rows,
-            PAGE=kv.page_size, DIM=dim, STRIDE=stride, **options,
+            PAGE=kv.page_size, DIM=dim, STRIDE=stride, FP8=own.form, **options,
             enable_fp_fusion=True,  # said aloud, because Triton's default is about to change
         )  # fmt: skip
         _mass[(pos.numel(), heads)](
@@ -74,11 +75,11 @@ def launch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, stride: int, *, scale: f
 
 @triton.jit(do_not_specialize=VARYING)
 def _page_logits(
-    q_ptr, k_ptr, part_ptr, table_ptr, heads_ptr, seq_ptr, token_ptr, pos_ptr, queries_ptr,
-    q_t, q_h, k_g, k_p, k_s, table_b,
+    q_ptr, k_ptr, scales_ptr, part_ptr, table_ptr, heads_ptr, seq_ptr, token_ptr, pos_ptr, queries_ptr,
+    q_t, q_h, k_g, k_p, k_s, scales_g, scales_p, table_b,
     blocks, size, width, scale, ratio, rows,
     M: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
-    STRIDE: tl.constexpr,
+    STRIDE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """part [G, blocks * rows, width]: the logarithm (base 2) of the sum over each past page's key groups, -inf where
     the page was released; pages that are not past are left alone."""
@@ -99,6 +100,7 @@ def _page_logits(
     end, least = newest - begin + 1, newest - begin + 1 - queries
     key, page = tl.arange(0, KEYS), first_page + tl.arange(0, PAGES)
     k_ptr += g.to(tl.int64) * k_g
+    scales_ptr += g.to(tl.int64) * scales_g
     part_at = part_ptr + (g.to(tl.int64) * blocks * rows + row) * width
 
     low = tl.program_id(0) * M // rows
@@ -113,12 +115,17 @@ def _page_logits(
             place = table_ptr + seq.to(tl.int64) * table_b + key_page
             physical = tl.load(place, mask=key_page < most, other=-1)
             k_at = tl.maximum(physical, 0).to(tl.int64) * k_p + (key % PER_PAGE * STRIDE).to(tl.int64) * k_s
+            scales_at = tl.maximum(physical, 0).to(tl.int64) * scales_p + key % PER_PAGE * STRIDE
             least_a, end_a = tl.where(mine, least, STRIDE), tl.where(mine, end, 0)
             scores = tl.zeros((M, KEYS), tl.float32)
             for a in range(0, STRIDE):
                 q = load_rows(q_ptr - a * q_t, q_at, (least_a <= a) & (a < end_a), True, DIM, WIDE)
                 k = load_rows(k_ptr + a * k_s, k_at, physical, False, DIM, WIDE)  # released: page 0, and masked below
-                scores = tl.dot(q.to(k.dtype), tl.trans(k), scores, input_precision="ieee")
+                if FP8:
+                    products = tl.dot(q, tl.trans(widen(k, q.dtype, FP8)), input_precision="ieee")
+                    scores += products * load_scales(scales_ptr + scales_at + a, physical, False, FP8)[None]
+                else:
+                    scores = tl.dot(q.to(k.dtype), tl.trans(k), scores, input_precision="ieee")
             scores = tl.where((physical >= 0)[None], scores * scale, -float("inf"))
             by_page = tl.reshape(scores, (M, PAGES, PER_PAGE))
             top = tl.max(by_page, 2)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.triton.fp8 import load_scales, stored, widen
 from gossamer.kernels.triton.tiles import LN_2, VARYING, add_keys, add_sink, factors, load_rows, programs
 from gossamer.kernels.triton.tuned import tuned
 
@@ -52,9 +53,11 @@ def launch(
 ) -> None:
     """As gossamer.kernels.paged_decode.paged_decode."""
     dim, groups, size = q.shape[2], kv.heads.numel(), kv.page_size
-    item = kv.k.element_size()
-    options = tile(dim, item, kv.ratio) | {"per_sm": PER_SM}
-    options = tuned("paged_decode", options, q.device, dim=dim, bytes=item, tokens=index.tokens is not None)
+    own = stored(q, kv)
+    options = tile(dim, own.itemsize, kv.ratio) | {"per_sm": PER_SM}
+    options = tuned(
+        "paged_decode", options, q.device, dim=dim, bytes=kv.k.element_size(), tokens=index.tokens is not None
+    )
     per_sm = options.pop("per_sm")
     rows, device = len(blocks) * groups, q.device
     most = most_items(rows, kv.table.shape[1])
@@ -73,13 +76,13 @@ def launch(
         enable_fp_fusion=True,  # said aloud, because Triton's default is about to change
     )  # fmt: skip
     _attend_pieces[(programs(most, per_sm, device),)](
-        q, kv.k, kv.v, part, part_lse,
+        q, own.k, own.v, own.scale, part, part_lse,
         kv.table, kv.heads, kv.sink, kv.window, blocks.seq, blocks.token, blocks.pos, items, first,
         index.start, index.count, index.pages, *singles,
-        *q.stride()[:2], *kv.k.stride()[:3], *kv.v.stride()[:3],
+        *q.stride()[:2], *kv.k.stride()[:3], *kv.v.stride()[:3], *own.strides,
         kv.table.stride(0), kv.sink.stride(0), *index_strides,
         *factors(scale, softcap), kv.ratio, len(blocks), rows,
-        DIM=dim, SOFTCAP=softcap > 0, **cut, **options, enable_fp_fusion=True,
+        DIM=dim, SOFTCAP=softcap > 0, FP8=own.form, **cut, **options, enable_fp_fusion=True,
     )  # fmt: skip
     _join_pieces[(len(blocks), groups)](
         part, part_lse, out, lse, index.start if sinks is None else sinks, kv.heads, blocks.token, first,
@@ -124,14 +127,14 @@ def _list_pieces(
 
 @triton.jit(do_not_specialize=VARYING)
 def _attend_pieces(
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr,
+    q_ptr, k_ptr, v_ptr, scales_ptr, part_ptr, part_lse_ptr,
     table_ptr, heads_ptr, sink_ptr, window_ptr, seq_ptr, token_ptr, pos_ptr, items_ptr, first_ptr,
     start_ptr, count_ptr, pages_ptr, token_start_ptr, token_count_ptr, tokens_ptr,
-    q_t, q_h, k_g, k_p, k_s, v_g, v_p, v_s,
+    q_t, q_h, k_g, k_p, k_s, v_g, v_p, v_s, scales_v, scales_g, scales_p,
     table_b, rule_b, index_g, token_g,
     scale, cap, ratio, num, rows,
     M: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, TOKENS: tl.constexpr, SOFTCAP: tl.constexpr,
+    MOST: tl.constexpr, TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     r, d, s = tl.arange(0, M), tl.arange(0, WIDE), tl.arange(0, PAGE)
     in_head, real = d < DIM, r < ratio
@@ -149,10 +152,13 @@ def _attend_pieces(
         seq, pos = tl.load(seq_ptr + n), tl.load(pos_ptr + n)
         head = (tl.load(heads_ptr + g) * ratio + r).to(tl.int64)
         q_at = q_ptr + tl.load(token_ptr + n).to(tl.int64) * q_t + (head * q_h)[:, None] + d[None]
-        q = tl.load(q_at, mask=real[:, None] & in_head[None], other=0.0).to(k_ptr.dtype.element_ty)
+        q = tl.load(q_at, mask=real[:, None] & in_head[None], other=0.0)
+        if not FP8:
+            q = q.to(k_ptr.dtype.element_ty)
         recent = pos - tl.load(window_ptr + seq * rule_b + g)
         sink = tl.load(sink_ptr + seq * rule_b + g)
         keys, values = k_ptr + g.to(tl.int64) * k_g, v_ptr + g.to(tl.int64) * v_g
+        own_scales = scales_ptr + g.to(tl.int64) * scales_g
         table = table_ptr + seq.to(tl.int64) * table_b
         best = tl.full((M,), -float("inf"), tl.float32)
         total = tl.zeros((M,), tl.float32)
@@ -163,9 +169,13 @@ def _attend_pieces(
             physical = tl.load(table + page).to(tl.int64)
             key = page * PAGE + s
             seen = (key <= pos) & ((key > recent) | (key < sink))
-            k = load_rows(keys + physical * k_p, s * k_s, seen, True, DIM, WIDE)
-            v = load_rows(values + physical * v_p, s * v_s, seen, True, DIM, WIDE)
-            best, total, acc = add_keys(q, k, v, best, total, acc, seen[None], scale, cap, True, SOFTCAP)
+            k = widen(load_rows(keys + physical * k_p, s * k_s, seen, True, DIM, WIDE), q.dtype, FP8)
+            v = widen(load_rows(values + physical * v_p, s * v_s, seen, True, DIM, WIDE), q.dtype, FP8)
+            scales = own_scales + physical * scales_p + s
+            k_scale, v_scale = load_scales(scales, seen, True, FP8), load_scales(scales + scales_v, seen, True, FP8)
+            best, total, acc = add_keys(
+                q, k, v, best, total, acc, seen[None], scale, cap, True, SOFTCAP, k_scale, v_scale, FP8 > 0
+            )
         if TOKENS:
             token_run = tokens_ptr + tl.load(token_start_ptr + g * token_g + n)
             token_low = tl.maximum(piece - of_pages, 0) * size * PAGE
@@ -175,9 +185,13 @@ def _attend_pieces(
                 key = tl.load(token_run + i + s, mask=listed, other=0)
                 seen = listed & (key <= pos) & ((key > recent) | (key < sink))
                 physical = tl.load(table + key // PAGE, mask=seen, other=0).to(tl.int64)
-                k = load_rows(keys, physical * k_p + (key % PAGE) * k_s, seen, True, DIM, WIDE)
-                v = load_rows(values, physical * v_p + (key % PAGE) * v_s, seen, True, DIM, WIDE)
-                best, total, acc = add_keys(q, k, v, best, total, acc, seen[None], scale, cap, True, SOFTCAP)
+                k = widen(load_rows(keys, physical * k_p + (key % PAGE) * k_s, seen, True, DIM, WIDE), q.dtype, FP8)
+                v = widen(load_rows(values, physical * v_p + (key % PAGE) * v_s, seen, True, DIM, WIDE), q.dtype, FP8)
+                scales = own_scales + physical * scales_p + key % PAGE
+                k_scale, v_scale = load_scales(scales, seen, True, FP8), load_scales(scales + scales_v, seen, True, FP8)
+                best, total, acc = add_keys(
+                    q, k, v, best, total, acc, seen[None], scale, cap, True, SOFTCAP, k_scale, v_scale, FP8 > 0
+                )
 
         place = item * ratio + r.to(tl.int64)
         safe = tl.where(total == 0.0, 1.0, total)  # a piece of which the query may see nothing

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.triton.fp8 import load_scales, stored, widen
 from gossamer.kernels.triton.tiles import LN_2, VARYING, add_keys, add_sink, capability, factors, load_rows
 from gossamer.kernels.triton.tuned import tuned
 
@@ -46,39 +47,40 @@ def launch(
     """As gossamer.kernels.paged_prefill.paged_prefill."""
     dim, rows = q.shape[2], blocks.size * kv.ratio
     tokens = index.tokens is not None
-    item = kv.k.element_size()
-    options = tile(dim, item, rows, tokens=tokens, capability=capability(q.device))
-    options = tuned("paged_prefill", options, q.device, dim=dim, bytes=item, tokens=tokens)
+    own = stored(q, kv)
+    options = tile(dim, own.itemsize, rows, tokens=tokens, capability=capability(q.device))
+    options = tuned("paged_prefill", options, q.device, dim=dim, bytes=kv.k.element_size(), tokens=tokens)
     groups, parts = kv.heads.numel(), triton.cdiv(rows, options["M"])
     singles = (
         (index.token_start, index.token_count, index.tokens) if tokens else (index.start, index.count, index.pages)
     )
     token_stride = index.token_start.stride(0) if index.token_start is not None else 0
     _paged_prefill[(len(blocks) * parts * groups,)](
-        q, kv.k, kv.v, out, lse, index.start if sinks is None else sinks,
+        q, own.k, own.v, own.scale, out, lse, index.start if sinks is None else sinks,
         kv.table, kv.length, kv.heads, kv.sink, kv.window,
         blocks.seq, blocks.token, blocks.pos, blocks.count,
         index.start, index.count, index.pages,
         *singles,
-        *q.stride()[:2], *out.stride()[:2], *lse.stride(), *kv.k.stride()[:3], *kv.v.stride()[:3],
+        *q.stride()[:2], *out.stride()[:2], *lse.stride(), *kv.k.stride()[:3], *kv.v.stride()[:3], *own.strides,
         kv.table.stride(0), kv.sink.stride(0), index.start.stride(0), token_stride,
         *factors(scale, softcap), kv.ratio, groups, parts,
-        PAGE=kv.page_size, DIM=dim, TOKENS=tokens, SOFTCAP=softcap > 0, SINKS=sinks is not None, **options,
+        PAGE=kv.page_size, DIM=dim, TOKENS=tokens, SOFTCAP=softcap > 0, SINKS=sinks is not None,
+        FP8=own.form, **options,
         enable_fp_fusion=True,  # said aloud, because Triton's default is about to change
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _paged_prefill(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr,
+    q_ptr, k_ptr, v_ptr, scales_ptr, out_ptr, lse_ptr, sinks_ptr,
     table_ptr, length_ptr, heads_ptr, sink_ptr, window_ptr,
     seq_ptr, token_ptr, pos_ptr, queries_ptr,
     start_ptr, count_ptr, pages_ptr, token_start_ptr, token_count_ptr, tokens_ptr,
-    q_t, q_h, out_t, out_h, lse_t, lse_h, k_g, k_p, k_s, v_g, v_p, v_s,
+    q_t, q_h, out_t, out_h, lse_t, lse_h, k_g, k_p, k_s, v_g, v_p, v_s, scales_v, scales_g, scales_p,
     table_b, rule_b, index_g, token_g,
     scale, cap, ratio, groups, parts,
     M: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
-    TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     # Later blocks read more: they start first, of all heads, so that the last program to start has little to do.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -94,13 +96,15 @@ def _paged_prefill(
     d, s = tl.arange(0, WIDE), tl.arange(0, PAGE)
     in_head = d < DIM
     q = tl.load(q_ptr + (token * q_t + head * q_h)[:, None] + d[None], mask=in_head[None], other=0.0)
-    q = q.to(k_ptr.dtype.element_ty)
+    if not FP8:
+        q = q.to(k_ptr.dtype.element_ty)
 
     sink, window = tl.load(sink_ptr + seq * rule_b + g), tl.load(window_ptr + seq * rule_b + g)
     length = tl.load(length_ptr + seq)
     at = (pos + query)[:, None]
     k_ptr += g.to(tl.int64) * k_g
     v_ptr += g.to(tl.int64) * v_g
+    scales_ptr += g.to(tl.int64) * scales_g
     table_ptr += seq.to(tl.int64) * table_b
     run = pages_ptr + tl.load(start_ptr + g * index_g + n)
     count = tl.load(count_ptr + g * index_g + n)
@@ -115,17 +119,25 @@ def _paged_prefill(
     clear = tl.where(cut, 0, tl.maximum(count - own, 0))
     for i in range(0, clear):
         physical = tl.load(table_ptr + tl.load(run + i)).to(tl.int64)
-        k = load_rows(k_ptr + physical * k_p, s * k_s, real, False, DIM, WIDE)
-        v = load_rows(v_ptr + physical * v_p, s * v_s, real, False, DIM, WIDE)
-        best, total, acc = add_keys(q, k, v, best, total, acc, real[:, None], scale, cap, False, SOFTCAP)
+        k = widen(load_rows(k_ptr + physical * k_p, s * k_s, real, False, DIM, WIDE), q.dtype, FP8)
+        v = widen(load_rows(v_ptr + physical * v_p, s * v_s, real, False, DIM, WIDE), q.dtype, FP8)
+        scales = scales_ptr + physical * scales_p + s
+        k_scale, v_scale = load_scales(scales, real, False, FP8), load_scales(scales + scales_v, real, False, FP8)
+        best, total, acc = add_keys(
+            q, k, v, best, total, acc, real[:, None], scale, cap, False, SOFTCAP, k_scale, v_scale, FP8 > 0
+        )
     for i in range(clear, count):
         page = tl.load(run + i)
         physical = tl.load(table_ptr + page).to(tl.int64)
         key = page * PAGE + s
-        k = load_rows(k_ptr + physical * k_p, s * k_s, key < length, True, DIM, WIDE)
-        v = load_rows(v_ptr + physical * v_p, s * v_s, key < length, True, DIM, WIDE)
+        k = widen(load_rows(k_ptr + physical * k_p, s * k_s, key < length, True, DIM, WIDE), q.dtype, FP8)
+        v = widen(load_rows(v_ptr + physical * v_p, s * v_s, key < length, True, DIM, WIDE), q.dtype, FP8)
+        scales, there = scales_ptr + physical * scales_p + s, key < length
+        k_scale, v_scale = load_scales(scales, there, True, FP8), load_scales(scales + scales_v, there, True, FP8)
         visible = (key[None] <= at) & ((key[None] > at - window) | (key[None] < sink))
-        best, total, acc = add_keys(q, k, v, best, total, acc, visible, scale, cap, True, SOFTCAP)
+        best, total, acc = add_keys(
+            q, k, v, best, total, acc, visible, scale, cap, True, SOFTCAP, k_scale, v_scale, FP8 > 0
+        )
     if TOKENS:
         token_run = tokens_ptr + tl.load(token_start_ptr + g * token_g + n)
         token_count = tl.load(token_count_ptr + g * token_g + n)
@@ -134,10 +146,14 @@ def _paged_prefill(
             key = tl.load(token_run + i + s, mask=listed, other=0)
             listed &= key < length
             physical = tl.load(table_ptr + key // PAGE, mask=listed, other=0).to(tl.int64)
-            k = load_rows(k_ptr, physical * k_p + (key % PAGE) * k_s, listed, True, DIM, WIDE)
-            v = load_rows(v_ptr, physical * v_p + (key % PAGE) * v_s, listed, True, DIM, WIDE)
+            k = widen(load_rows(k_ptr, physical * k_p + (key % PAGE) * k_s, listed, True, DIM, WIDE), q.dtype, FP8)
+            v = widen(load_rows(v_ptr, physical * v_p + (key % PAGE) * v_s, listed, True, DIM, WIDE), q.dtype, FP8)
+            scales = scales_ptr + physical * scales_p + key % PAGE
+            k_scale, v_scale = load_scales(scales, listed, True, FP8), load_scales(scales + scales_v, listed, True, FP8)
             visible = listed[None] & (key[None] <= at) & ((key[None] > at - window) | (key[None] < sink))
-            best, total, acc = add_keys(q, k, v, best, total, acc, visible, scale, cap, True, SOFTCAP)
+            best, total, acc = add_keys(
+                q, k, v, best, total, acc, visible, scale, cap, True, SOFTCAP, k_scale, v_scale, FP8 > 0
+            )
 
     if SINKS:
         best, total, decay = add_sink(best, total, tl.load(sinks_ptr + head))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks
 from gossamer.kernels.probe import newest_queries
+from gossamer.kernels.triton.fp8 import load_scales, stored, widen
 from gossamer.kernels.triton.tiles import LN_2, LOG2_E, VARYING, load_rows
 
 PIECE = 16  # pages
@@ -31,24 +32,25 @@ def launch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, probe: int, *, scale: fl
     rows = newest_queries(blocks, probe)
     spans = QueryBlocks.of(probe, rows, q.device)
     queries, pages = max(row.count for row in rows), max((row.pos + row.count - 1) // size + 1 for row in rows)
+    own = stored(q, kv)
     about = (kv.table, kv.length, kv.heads, kv.sink, kv.window, spans.seq, spans.token, spans.pos, spans.count)
-    strides = (*q.stride()[:2], *kv.k.stride()[:3], kv.table.stride(0), kv.sink.stride(0))
-    options = tile(dim, kv.k.element_size(), queries * kv.ratio)
+    strides = (*q.stride()[:2], *kv.k.stride()[:3], *own.strides[1:], kv.table.stride(0), kv.sink.stride(0))
+    options = tile(dim, own.itemsize, queries * kv.ratio)
     pieces = triton.cdiv(pages, PIECE)
     part = torch.full((len(rows), heads, queries * kv.ratio, pieces), -torch.inf, device=q.device)
     _row_lse[(pieces, triton.cdiv(part.shape[2], options["M"]), len(rows) * heads)](
-        q, kv.k, part, *about, *strides, heads, part.shape[2], pieces, scale * LOG2_E, kv.ratio,
-        PAGE=size, DIM=dim, PIECE=PIECE, **options,
+        q, own.k, own.scale, part, *about, *strides, heads, part.shape[2], pieces, scale * LOG2_E, kv.ratio,
+        PAGE=size, DIM=dim, PIECE=PIECE, FP8=own.form, **options,
         enable_fp_fusion=True,  # said aloud, because Triton's default is about to change
     )  # fmt: skip
     lse = part.logsumexp(-1)
-    options = tile(dim, kv.k.element_size(), queries)
+    options = tile(dim, own.itemsize, queries)
     chunks = triton.cdiv(queries, options["M"])
     distances = torch.empty(len(rows), heads, chunks, pages, 2 * size, dtype=torch.float32, device=q.device)
     _page_sums[(pages, heads, len(rows))](
-        q, kv.k, lse, columns, distances, *about, *strides,
+        q, own.k, own.scale, lse, columns, distances, *about, *strides,
         *columns.stride()[:2], lse.shape[2], chunks, pages, scale * LOG2_E, kv.ratio,
-        PAGE=size, DIM=dim, **options,
+        PAGE=size, DIM=dim, FP8=own.form, **options,
         enable_fp_fusion=True,
     )  # fmt: skip
     _join_distances[(triton.cdiv(pages * size, OFFSETS), heads, len(rows))](
@@ -62,11 +64,12 @@ def launch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, probe: int, *, scale: fl
 
 @triton.jit(do_not_specialize=VARYING)
 def _row_lse(
-    q_ptr, k_ptr, part_ptr,
+    q_ptr, k_ptr, scales_ptr, part_ptr,
     table_ptr, length_ptr, heads_ptr, sink_ptr, window_ptr, seq_ptr, token_ptr, pos_ptr, queries_ptr,
-    q_t, q_h, k_g, k_p, k_s, table_b, rule_b,
+    q_t, q_h, k_g, k_p, k_s, scales_g, scales_p, table_b, rule_b,
     groups, rows, pieces, scale, ratio,
     M: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr,
+    FP8: tl.constexpr,
 ):  # fmt: skip
     """part [spans, G, rows, pieces]; row m of a span is its query m // ratio, head m % ratio of the group."""
     b, g = tl.program_id(2) // groups, tl.program_id(2) % groups
@@ -78,11 +81,14 @@ def _row_lse(
     query = tl.minimum(row // ratio, queries - 1)
     head = (tl.load(heads_ptr + g) * ratio + row % ratio).to(tl.int64)
     token = (tl.load(token_ptr + b) + query).to(tl.int64)
-    q = load_rows(q_ptr, token * q_t + head * q_h, real, True, DIM, WIDE).to(k_ptr.dtype.element_ty)
+    q = load_rows(q_ptr, token * q_t + head * q_h, real, True, DIM, WIDE)
+    if not FP8:
+        q = q.to(k_ptr.dtype.element_ty)
     sink, window = tl.load(sink_ptr + seq * rule_b + g), tl.load(window_ptr + seq * rule_b + g)
     length = tl.load(length_ptr + seq)
     at, s = (pos + query)[:, None], tl.arange(0, PAGE)
     k_ptr += g.to(tl.int64) * k_g
+    scales_ptr += g.to(tl.int64) * scales_g
     table_ptr += seq.to(tl.int64) * table_b
 
     best = tl.full((M,), -float("inf"), tl.float32)
@@ -92,7 +98,9 @@ def _row_lse(
         key = page * PAGE + s
         there = key < tl.where(physical >= 0, length, 0)
         k = load_rows(k_ptr + tl.maximum(physical, 0) * k_p, s.to(tl.int64) * k_s, there, True, DIM, WIDE)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(widen(k, q.dtype, FP8)), input_precision="ieee") * scale
+        if FP8:
+            scores *= load_scales(scales_ptr + tl.maximum(physical, 0) * scales_p + s, there, True, FP8)[None]
         visible = there[None] & (key[None] <= at) & ((key[None] > at - window) | (key[None] < sink))
         scores = tl.where(visible, scores, -float("inf"))
         top = tl.maximum(best, tl.max(scores, 1))
@@ -106,11 +114,11 @@ def _row_lse(
 
 @triton.jit(do_not_specialize=VARYING)
 def _page_sums(
-    q_ptr, k_ptr, lse_ptr, out_ptr, part_ptr,
+    q_ptr, k_ptr, scales_ptr, lse_ptr, out_ptr, part_ptr,
     table_ptr, length_ptr, heads_ptr, sink_ptr, window_ptr, seq_ptr, token_ptr, pos_ptr, queries_ptr,
-    q_t, q_h, k_g, k_p, k_s, table_b, rule_b,
+    q_t, q_h, k_g, k_p, k_s, scales_g, scales_p, table_b, rule_b,
     out_g, out_b, rows, chunks, pages, scale, ratio,
-    M: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+    M: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """lse [spans, G, rows]; out [G, B, ...]: the sums by key; part [spans, G, chunks of M queries, pages, 2 * PAGE]:
     the sums by distance, entry u over the query i of the chunk and key s of the page with i - s == u - (PAGE - 1)."""
@@ -124,7 +132,10 @@ def _page_sums(
     physical = tl.load(table_ptr + seq.to(tl.int64) * table_b + page).to(tl.int64)
     there = key < tl.where(physical >= 0, tl.load(length_ptr + seq), 0)
     k_at = g.to(tl.int64) * k_g + tl.maximum(physical, 0) * k_p
-    k = tl.trans(load_rows(k_ptr + k_at, s.to(tl.int64) * k_s, there, True, DIM, WIDE))
+    k = load_rows(k_ptr + k_at, s.to(tl.int64) * k_s, there, True, DIM, WIDE)
+    k = tl.trans(widen(k, q_ptr.dtype.element_ty, FP8))
+    scales_at = scales_ptr + g.to(tl.int64) * scales_g + tl.maximum(physical, 0) * scales_p + s
+    k_scale = load_scales(scales_at, there, True, FP8)
     first_token, first_head = tl.load(token_ptr + b), tl.load(heads_ptr + g) * ratio
     span = b.to(tl.int64) * tl.num_programs(1) + g
 
@@ -138,9 +149,11 @@ def _page_sums(
         weights = tl.zeros((M, PAGE), tl.float32)
         for j in range(0, ratio):
             q_at = token * q_t + (first_head + j).to(tl.int64) * q_h
-            q = load_rows(q_ptr, q_at, real, True, DIM, WIDE).to(k_ptr.dtype.element_ty)
+            q = load_rows(q_ptr, q_at, real, True, DIM, WIDE).to(k.dtype)
             lse = tl.load(lse_ptr + span * rows + query * ratio + j, mask=real, other=0.0) * (1.0 / LN_2)
             scores = tl.dot(q, k, input_precision="ieee") * scale
+            if FP8:
+                scores *= k_scale[None]
             weights += tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
         by_key += tl.sum(weights, 0)
         # Rotate each row by its number, so that a distance is a column; what went round the end is PAGE farther.

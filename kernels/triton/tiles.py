@@ -55,10 +55,14 @@ def load_rows(ptr, at, there, ROWS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.co
 @triton.jit
 def add_keys(
     q, k, v, best, total, acc, visible, scale, cap,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, k_scale=None, v_scale=None, SCALED: tl.constexpr = False,
 ):  # fmt: skip
-    """q [M, D]; k, v [N, D]; best, total [M]; acc [M, D]; visible [M or 1, N] when MASKED."""
-    scores = logits(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, cap, SOFTCAP)
+    """q [M, D]; k, v [N, D]; best, total [M]; acc [M, D]; visible [M or 1, N] when MASKED; k_scale, v_scale [N], which
+    keys and values are to be multiplied by, when SCALED."""
+    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if SCALED:
+        products *= k_scale[None]
+    scores = logits(products, scale, cap, SOFTCAP)
     if MASKED:
         scores = tl.where(visible, scores, -float("inf"))
     top = tl.maximum(best, tl.max(scores, 1))
@@ -68,6 +72,8 @@ def add_keys(
     weight = tl.exp2(scores - shift[:, None])
     decay = tl.exp2(best - shift)
     total = total * decay + tl.sum(weight, 1)
+    if SCALED:
+        weight *= v_scale[None]
     acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return top, total, acc
 

@@ -1,0 +1,80 @@
+"""FP8 keys and values inside kernels: bytes that are widened to the queries' type. Scales belong to whole rows, so they
+multiply scores and weights and never single numbers."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gossamer.kernels.fp8 import LARGEST, LEAST
+from gossamer.kernels.layout import PagedKV
+from gossamer.kernels.triton.tiles import capability
+
+WHOLE, CHIP, BITS = 0, 1, 2  # how numbers are widened: not at all, by the chip, or by integer arithmetic
+FIRST_CHIP = 89  # the first that knows this FP8
+_LARGEST, _LEAST = tl.constexpr(LARGEST), tl.constexpr(LEAST)
+
+
+class Stored(NamedTuple):
+    """Keys and values as a kernel gets them."""
+
+    k: Tensor  # [G, P, S, D]; FP8 as int8
+    v: Tensor
+    scale: Tensor  # [2, G, P, S], or anything where there is none
+    strides: tuple[int, int, int]  # of `scale`: from keys to values, of a head, of a page
+    form: int  # WHOLE, CHIP or BITS
+    itemsize: int  # of the numbers that are multiplied
+
+
+def stored(q: Tensor, kv: PagedKV) -> Stored:
+    """For queries q, to whose type FP8 is widened."""
+    if kv.scale is None:
+        return Stored(kv.k, kv.v, kv.heads, (0, 0, 0), WHOLE, kv.k.element_size())
+    between, head, page, _ = kv.scale.stride()
+    form = form_for(q.dtype, q.device)
+    return Stored(kv.k.view(torch.int8), kv.v.view(torch.int8), kv.scale, (between, head, page), form, q.element_size())
+
+
+def form_for(dtype: torch.dtype, device: torch.device) -> int:
+    """How FP8 becomes `dtype`. float16 has the same bits in other places, and weights times scales as they are with
+    BITS, about 1, do not leave its range."""
+    return BITS if dtype == torch.float16 or capability(device) < FIRST_CHIP else CHIP
+
+
+@triton.jit
+def widen(x, dtype: tl.constexpr, FP8: tl.constexpr):
+    """Bytes -> numbers of `dtype`, with BITS over 256; or x as it is."""
+    if FP8 == 2:
+        # The exponent is a float16's less 8, the sign moves over the free place between them.
+        return ((x.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True).to(dtype)
+    if FP8 == 1:
+        return x.to(tl.float8e4nv, bitcast=True).to(dtype)
+    return x
+
+
+@triton.jit
+def load_scales(ptr, there, ROWS: tl.constexpr, FP8: tl.constexpr):
+    """float32 [N] for what `widen` gives; 0 where not `there` (when ROWS)."""
+    if FP8 == 0:
+        return tl.zeros((1,), tl.float32)
+    scale = (tl.load(ptr, mask=there, other=0.0) if ROWS else tl.load(ptr)).to(tl.float32)
+    return scale * 256.0 if FP8 == 2 else scale
+
+
+@triton.jit
+def quantise(x):
+    """As gossamer.kernels.fp8.quantise: x [N, D] float32 -> bytes [N, D] int8, scales [N] float32."""
+    largest = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
+    bits = tl.maximum(largest / _LARGEST, _LEAST).to(tl.int32, bitcast=True)
+    below = bits & -65536
+    scale = tl.where(bits == below, below, below + 65536).to(tl.float32, bitcast=True)
+    scale = tl.where(largest < float("inf"), scale, float("nan"))
+    x = x / scale[:, None]
+    sign, size = x.to(tl.int32, bitcast=True) >> 24 & 0x80, tl.abs(x).to(tl.int32, bitcast=True)
+    code = ((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - 960  # to the nearest, ties to even; the exponent's zero moves
+    # Below 2^-6 it is a number of 2^-9, which adding 2^14 rounds to.
+    few = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.minimum(tl.where(size < 0x3C800000, few, code), 126)
+    return (code | sign).to(tl.int8), scale
