@@ -16,14 +16,12 @@ LEAST = 2.0**-100  # scale, of vectors without a number
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] -> the same divided by its scale and rounded, FP8, and the scale [...], bfloat16: the largest
-    magnitude over 448, rounded up. NaN where x holds a number that is not finite."""
+    magnitude over 448, which may round down, for 448 is what numbers up to 464 become. NaN where x holds a number that
+    is not finite."""
     wide = x.float()
     largest = wide.abs().amax(-1)
-    bits = (largest / LARGEST).clamp_min(LEAST).view(torch.int32)
-    below = bits & -(1 << 16)
-    scale = torch.where(bits == below, below, below + (1 << 16)).view(torch.float32)
-    scale = torch.where(largest.isfinite(), scale, torch.nan)
-    return (wide / scale[..., None]).to(FP8), scale.to(SCALE)
+    scale = torch.where(largest.isfinite(), (largest / LARGEST).clamp_min(LEAST), torch.nan).to(SCALE)
+    return (wide / scale[..., None].float()).to(FP8), scale
 
 
 def dequantise(stored: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

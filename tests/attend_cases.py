@@ -46,6 +46,7 @@ def run(
     *,
     layer: int = 0,
     together: bool = True,
+    fp8: bool = False,
     **options: Any,
 ) -> list[Tensor]:
     """Compute all sequences in steps whose chunks are as long as `chunk` says; the outputs, [T, H, D] each."""
@@ -58,9 +59,10 @@ def run(
         head_dim=dim,
         dtype=lives[0].dtype,
         summaries=policy.summaries(),
+        fp8=fp8,
     )
     for pool in cache.pools:
-        for table in (pool.k, pool.v, *pool.summaries.values()):
+        for table in (pool.k, pool.v, *pool.summaries.values(), *(() if pool.scale is None else pool.scale)):
             table.fill_(math.nan)
     layers = range(len(policy.points[0].heads))
     modules = [nn.Module() for _ in layers]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.compact import compact_tokens_torch, compact_torch
+from gossamer.kernels.fp8 import FP8, SCALE, quantise
 from gossamer.kernels.layout import NULL_PAGE, PAGE_SIZE, UNLIMITED, BlockRow, PagedKV, QueryBlocks, SparseIndex
 
 NAN = float("nan")
@@ -42,6 +43,7 @@ class Case:
             *(x.to(device) for x in (self.kv.k, self.kv.v, self.kv.table, self.kv.length)),
             *(x.to(device) for x in (self.kv.heads, self.kv.sink, self.kv.window)),
             self.kv.ratio,
+            scale=None if self.kv.scale is None else self.kv.scale.to(device),
         )
         blocks = QueryBlocks.of(self.blocks.size, self.blocks.rows, device)
         i = self.index
@@ -64,6 +66,7 @@ def make_case(
     windows: Sequence[tuple[int, int]] = (),  # (sink, window) to draw from for each sequence and head
     same_heads: bool = False,  # one selection for all heads
     shuffled: bool = True,
+    fp8: bool = False,  # keys and values are kept so; `keys` and `values` are what that means
     seed: int = 0,
 ) -> Case:
     rng = random.Random(seed)
@@ -78,12 +81,19 @@ def make_case(
     rule = [[rng.choice(list(windows)) if windows else (0, UNLIMITED) for _ in heads] for _ in spans]
     table = torch.full((len(spans), max(pages)), NULL_PAGE, dtype=torch.int32)
     k_pool = torch.full((num_heads, len(order), PAGE_SIZE, dim), NAN, dtype=dtype)
-    v_pool = k_pool.clone()
+    v_pool, scale = k_pool.clone(), None
+    if fp8:
+        k_pool, v_pool = k_pool.to(FP8), v_pool.to(FP8)
+        scale = torch.full((2, *k_pool.shape[:3]), NAN, dtype=SCALE)
     keys, values = [], []
     for b, (past, _) in enumerate(spans):
         k, v = (torch.randn(lengths[b], num_heads, dim, generator=gen).to(dtype) for _ in range(2))
-        keys.append(k.double())
-        values.append(v.double())
+        scales: list[Tensor] = []
+        if fp8:
+            (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
+            scales = [k_scale, v_scale]
+        keys.append(k.double() * (scales[0][..., None].double() if fp8 else 1))
+        values.append(v.double() * (scales[1][..., None].double() if fp8 else 1))
         for page in range(pages[b]):
             begin, end = page * PAGE_SIZE, min((page + 1) * PAGE_SIZE, lengths[b])
             seen = any(begin < sink or end > past - window + 1 for sink, window in rule[b])
@@ -92,6 +102,8 @@ def make_case(
                 table[b, page] = physical
                 k_pool[:, physical, : end - begin] = k[begin:end].transpose(0, 1)
                 v_pool[:, physical, : end - begin] = v[begin:end].transpose(0, 1)
+                if scale is not None:
+                    scale[:, :, physical, : end - begin] = torch.stack(scales)[:, begin:end].transpose(1, 2)
 
     rows, token = [], 1  # row 0 of q belongs to nobody
     for b, (past, new) in enumerate(spans):
@@ -129,7 +141,7 @@ def make_case(
 
     sink, window = (torch.tensor([[pair[i] for pair in row] for row in rule], dtype=torch.int32) for i in (0, 1))
     ints = [torch.tensor(x, dtype=torch.int32) for x in (lengths, list(heads))]
-    kv = PagedKV(k_pool, v_pool, table, ints[0], ints[1], sink, window, ratio)
+    kv = PagedKV(k_pool, v_pool, table, ints[0], ints[1], sink, window, ratio, scale=scale)
     return Case(q, kv, blocks, SparseIndex(*runs), keys, values, selected, dim**-0.5)
 
 

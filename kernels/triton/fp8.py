@@ -68,9 +68,8 @@ def quantise(x):
     """As gossamer.kernels.fp8.quantise: x [N, D] float32 -> bytes [N, D] int8, scales [N] float32."""
     largest = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
     bits = tl.maximum(largest / _LARGEST, _LEAST).to(tl.int32, bitcast=True)
-    below = bits & -65536
-    scale = tl.where(bits == below, below, below + 65536).to(tl.float32, bitcast=True)
-    scale = tl.where(largest < float("inf"), scale, float("nan"))
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & -65536  # a bfloat16, as the interpreter would not round it
+    scale = tl.where(largest < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
     x = x / scale[:, None]
     sign, size = x.to(tl.int32, bitcast=True) >> 24 & 0x80, tl.abs(x).to(tl.int32, bitcast=True)
     code = ((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - 960  # to the nearest, ties to even; the exponent's zero moves
