@@ -1,5 +1,5 @@
 """Calls of every launch function of kernels/triton/, in every type and head size, and with what else changes the code:
-single tokens, softcap, sinks, query heads per KV head, kinds of scores, strides, short chunks.
+single tokens, softcap, sinks, query heads per KV head, kinds of scores, strides, short chunks, keys and values in FP8.
 
 The tensors have no memory. Their sizes are awkward (nothing that depends on a batch is a multiple of 16), because
 Triton makes other code for sizes that are, or that are 1; the variants "aligned" and "alone" are these.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gossamer.kernels import fp8
 from gossamer.kernels.layout import PAGE_SIZE, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.triton import (
     antidiagonal,
@@ -69,10 +70,11 @@ class Setting:
     pages: int = 1999  # of the longest sequence
     decode: bool = False
     pool: int = 10001  # physical pages
+    fp8: bool = False
 
     @property
     def usual(self) -> bool:
-        return self.name in ("", "decode")
+        return self.name in ("", "decode", "fp8", "fp8 decode")
 
     @property
     def size(self) -> int:
@@ -101,10 +103,12 @@ class Setting:
         sequences = self.tiles if self.decode else 1
         table, length, heads = ints(sequences, self.pages), ints(sequences), ints(self.heads)
         sink, window = ints(sequences, self.heads), ints(sequences, self.heads)
-        return PagedKV(
-            self.table(PAGE_SIZE, self.dim), self.table(PAGE_SIZE, self.dim),
-            table, length, heads, sink, window, self.ratio,
-        )  # fmt: skip
+        k, v = (self.table(PAGE_SIZE, self.dim) for _ in range(2))
+        scale = None
+        if self.fp8:
+            k, v = k.to(fp8.FP8), v.to(fp8.FP8)
+            scale = blank(2, self.heads, self.pool, PAGE_SIZE, dtype=fp8.SCALE)
+        return PagedKV(k, v, table, length, heads, sink, window, self.ratio, scale=scale)
 
     @property
     def read(self) -> tuple[Tensor, PagedKV, QueryBlocks]:
@@ -135,6 +139,8 @@ def cases() -> list[Case]:
         found += [*_attention(own), *_summaries(own)]
         if not (own.type == "fp16" and own.decode):
             found += _selection(own)
+    for own in _fp8():
+        found += [*_attention(own), *_summaries(own), *_of_keys(own)]
     for own in _other_sizes():
         found += _attention(own)
         if own.name.endswith(("aligned", "ratio 1", "ratio 8")):
@@ -161,6 +167,14 @@ def _other_sizes() -> Iterator[Setting]:
             yield replace(own, name=f"{name}ratio {ratio}", ratio=ratio)
 
 
+def _fp8() -> Iterator[Setting]:
+    """What reads keys and values themselves."""
+    for type, dims in {"bf16": HEAD_DIMS, "fp16": (128,), "fp32": (128,)}.items():
+        for dim in dims:
+            yield Setting(type, dim, "fp8", fp8=True)
+            yield Setting(type, dim, "fp8 decode", decode=True, fp8=True)
+
+
 def _attention(own: Setting) -> Iterator[Case]:
     form = paged_decode if own.decode else paged_prefill
 
@@ -185,12 +199,17 @@ def _selection(own: Setting) -> Iterator[Case]:
     yield from _dropped(own)
     if own.dim == 128 and own.usual:
         yield from _labels(own)
-    if not own.decode:
-        yield from _antidiagonals(own)
-        yield own.case("", lambda: probe.launch(*own.read, 64, scale=SCALE))
+    yield from _of_keys(own)
     if own.type == "bf16" and own.usual and not own.decode:
         few = replace(own, name="short", tiles=1, ratio=32)  # few queries
         yield few.case("", lambda: probe.launch(*few.read, 64, scale=SCALE))
+
+
+def _of_keys(own: Setting) -> Iterator[Case]:
+    """Those that look at the keys themselves."""
+    if not own.decode:
+        yield from _antidiagonals(own)
+        yield own.case("", lambda: probe.launch(*own.read, 64, scale=SCALE))
 
 
 def _scores(own: Setting) -> Iterator[Case]:
@@ -230,15 +249,18 @@ def _dropped(own: Setting) -> Iterator[Case]:
 def _summaries(own: Setting) -> Iterator[Case]:
     if own.decode:
         return
-    pool, physical, channels = own.kv.k, ints(own.tiles), ints(own.heads, 24)
+    kv, physical, channels = own.kv, ints(own.tiles), ints(own.heads, 24)
+    pool, scale = kv.k, kv.key_scale
     mean, bounds, labels = own.table(own.dim), own.table(4, 2, own.dim), own.table(PAGE_SIZE, 24)
-    yield own.case("", lambda: page_summaries.launch_means(pool, physical, mean))
-    yield own.case("", lambda: page_summaries.launch_bounds(pool, physical, bounds))
-    yield own.case("", lambda: page_summaries.launch_labels(pool, physical, channels, labels))
-    gathered, pooled = own.kv.k[:, : own.tiles], blank(own.heads, own.tiles, 3, own.dim, dtype=torch.float32)
+    yield own.case("", lambda: page_summaries.launch_means(pool, physical, mean, scale))
+    yield own.case("", lambda: page_summaries.launch_bounds(pool, physical, bounds, scale))
+    yield own.case("", lambda: page_summaries.launch_labels(pool, physical, channels, labels, scale))
+    gathered, some = pool[:, : own.tiles], None if scale is None else scale[:, : own.tiles]
+    pooled = blank(own.heads, own.tiles, 3, own.dim, dtype=torch.float32)
     for name, turned in (("", own.dim // 2), ("turned in part", own.dim // 8)):
         frequencies = blank(turned, dtype=torch.float32)
-        call = partial(page_summaries.launch_pools, gathered, physical, ints(own.tiles), frequencies, 1.0, pooled)
+        first = ints(own.tiles)
+        call = partial(page_summaries.launch_pools, gathered, physical, first, frequencies, 1.0, pooled, some)
         yield own.case(name, call)
 
 

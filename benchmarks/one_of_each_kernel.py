@@ -27,6 +27,7 @@ from gossamer.kernels.choose import choose_count, choose_mass, choose_tokens
 from gossamer.kernels.compact import compact, compact_tokens
 from gossamer.kernels.dense_prefill import chunks, dense_prefill
 from gossamer.kernels.dropped_pages import add_dropped_pages
+from gossamer.kernels.fp8 import quantise
 from gossamer.kernels.layout import PAGE_SIZE, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
@@ -152,9 +153,17 @@ def handed_over(given: Inputs) -> Results:
 
 
 def stored(given: Inputs) -> Results:
-    kv = replace(given.kv, k=given.kv.k.clone(), v=given.kv.v.clone())
+    scale = None if given.kv.scale is None else given.kv.scale.clone()
+    kv = replace(given.kv, k=given.kv.k.clone(), v=given.kv.v.clone(), scale=scale)
     store(given.new_k, given.new_v, kv, given.prompts.blocks)
-    return kv.k, kv.v
+    return (kv.k, kv.v) if scale is None else (kv.k.float(), kv.v.float(), scale)
+
+
+def as_fp8(given: Inputs) -> Inputs:
+    """The same with keys and values that are kept as FP8."""
+    (k, keys), (v, values) = quantise(given.kv.k), quantise(given.kv.v)
+    kept = {"k": k, "v": v, "scale": torch.stack((keys, values))}
+    return replace(given, kv=replace(given.kv, **kept), windowed=replace(given.windowed, **kept))
 
 
 def runs(start: Tensor, count: Tensor, pages: Tensor) -> Results:
@@ -174,17 +183,17 @@ def labels_of(given: Inputs) -> Tensor:
 
 def summary(given: Inputs, name: str, *shape: int) -> Results:
     """The table, 0 where no page is full."""
-    kind = torch.float32 if name == "pools" else given.kv.k.dtype
+    kind, scale = torch.float32 if name == "pools" else given.prompts.q.dtype, given.kv.key_scale
     out = torch.zeros(*given.kv.k.shape[:2], *shape, dtype=kind, device=given.kv.k.device)
     if name == "labels":
-        page_summaries.page_labels(given.kv.k, given.physical, given.channels, out)
+        page_summaries.page_labels(given.kv.k, given.physical, given.channels, out, scale)
     elif name == "pools":
         half = given.kv.k.shape[3] // 2
         inv_freq = 10000.0 ** -(torch.arange(half, device=out.device) / half)
-        page_summaries.page_pools(given.kv.k, given.physical, given.first, inv_freq, 1.0, out)
+        page_summaries.page_pools(given.kv.k, given.physical, given.first, inv_freq, 1.0, out, scale)
     else:
         kernel = page_summaries.page_means if name == "means" else page_summaries.page_bounds
-        kernel(given.kv.k, given.physical, out)
+        kernel(given.kv.k, given.physical, out, scale)
     return (out,)
 
 
@@ -195,7 +204,21 @@ def scored(kernel: Callable[..., Any], given: Inputs, asked: Queries, *more: Any
 
 def cases(dim: int) -> dict[str, Callable[[Inputs], Results]]:
     few = dim // 4
-    return {
+    of_fp8: dict[str, Callable[[Inputs], Results]] = {
+        "paged_prefill_of_fp8": lambda x: attended(paged_prefill, as_fp8(x), x.prompts, False),
+        "paged_prefill_with_options_of_fp8": lambda x: attended(paged_prefill, as_fp8(x), x.prompts, True),
+        "paged_decode_of_fp8": lambda x: attended(paged_decode, as_fp8(x), x.tokens, False),
+        "paged_decode_with_options_of_fp8": lambda x: attended(paged_decode, as_fp8(x), x.tokens, True),
+        "dense_prefill_of_fp8": lambda x: handed_over(as_fp8(x)),
+        "store_as_fp8": lambda x: stored(as_fp8(x)),
+        "antidiagonal_mass_of_fp8": lambda x: scored(antidiagonal_mass, as_fp8(x), x.prompts, 16),
+        "probe_mass_of_fp8": lambda x: scored(probe_mass, as_fp8(x), x.prompts, 64),
+        "page_means_of_fp8": lambda x: summary(as_fp8(x), "means", dim),
+        "page_bounds_of_fp8": lambda x: summary(as_fp8(x), "bounds", 4, 2, dim),
+        "page_labels_of_fp8": lambda x: summary(as_fp8(x), "labels", PAGE_SIZE, few),
+        "page_pools_of_fp8": lambda x: summary(as_fp8(x), "pools", 3, dim),
+    }
+    return of_fp8 | {
         "paged_prefill": lambda x: attended(paged_prefill, x, x.prompts, False),
         "paged_prefill_with_options": lambda x: attended(paged_prefill, x, x.prompts, True),
         "paged_decode": lambda x: attended(paged_decode, x, x.tokens, False),
@@ -272,7 +295,7 @@ def main() -> None:
             right, said = compare(every[name], here, there, TOLERANCE[dtype])
             wrong += [] if right else [name]
             results.append({"kernel": name, "right": right, "error": said})
-            print(f"{name:28} {'right' if right else 'WRONG'}  {said}", flush=True)
+            print(f"{name:34} {'right' if right else 'WRONG'}  {said}", flush=True)
     about = {"shape": {"heads": [4, 2, options.dim], "dtype": options.dtype, "lengths": LENGTHS}}
     write_report(options.out, {**provenance(options.device), **about, "wrong": wrong, "results": results})
     sys.exit(1 if wrong else 0)

@@ -104,6 +104,16 @@ def test_recorded_steps_answer_as_others_do(checkpoint: Path, model: Model, poin
         assert mine.finish().attention == theirs.finish().attention
 
 
+def test_recorded_steps_of_an_fp8_cache(checkpoint: Path, model: Model) -> None:
+    """The scales are where the recording reads them."""
+    record, points = FakeRecorder(), ("sparse", "exact", "sparse")
+    plain = answers(engine_of(checkpoint, model, None, kv_cache_dtype="fp8"), points)
+    recorded = answers(engine_of(checkpoint, model, record, kv_cache_dtype="fp8"), points)
+    assert record.replayed >= ASKED - 1
+    for mine, theirs in zip(recorded, plain, strict=True):
+        assert mine.tokens() == theirs.tokens()
+
+
 def test_sizes_are_recorded_ahead(checkpoint: Path, model: Model) -> None:
     record, said = FakeRecorder(), list[str]()
     engine = engine_of(checkpoint, model, record)

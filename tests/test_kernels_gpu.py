@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import check, make_case, reference
+from kernel_cases import Case, check, make_case, reference
 
 from gossamer.kernels.compact import compact, compact_tokens, compact_tokens_torch, compact_torch
 from gossamer.kernels.dense_prefill import chunks, dense_prefill, torch_is_faster
@@ -22,11 +22,23 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("ratio", [1, 3, 4, 16])
 def test_attention(dtype: torch.dtype, tile: int, dim: int, ratio: int) -> None:
+    check_attention(dtype, tile, dim, ratio)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [1, 64])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_attention_of_fp8(dtype: torch.dtype, tile: int, dim: int) -> None:
+    check_attention(dtype, tile, dim, 4, fp8=True)
+
+
+def check_attention(dtype: torch.dtype, tile: int, dim: int, ratio: int, *, fp8: bool = False) -> None:
     spans = [(130, 1 if tile == 1 else 170), (0, 1), (1000, 1 if tile == 1 else 3)]
     for density, tokens, windows, softcap in ((1.0, 0, (), 0.0), (0.4, 70, WINDOWS, 0.0), (0.5, 9, WINDOWS, 4.0)):
         case = make_case(
-            spans, tile=tile, dim=dim, ratio=ratio, dtype=dtype, density=density, tokens=tokens, windows=windows
-        ).to("cuda")
+            spans, tile=tile, dim=dim, ratio=ratio, dtype=dtype, density=density, tokens=tokens, windows=windows,
+            fp8=fp8,
+        ).to("cuda")  # fmt: skip
         sinks = torch.randn(case.q.shape[1], device="cuda") if softcap else None
         out, lse = case.blank()
         kernel = paged_decode if tile == 1 else paged_prefill
@@ -64,12 +76,26 @@ def test_decode_does_not_depend_on_neighbours(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile", [1, 64])
 def test_store(dtype: torch.dtype, tile: int) -> None:
-    case = make_case([(60, 1 if tile == 1 else 200), (5, 1)], tile=tile, dtype=dtype, dim=80, heads=(0, 2))
+    check_store(make_case([(60, 1 if tile == 1 else 200), (5, 1)], tile=tile, dtype=dtype, dim=80, heads=(0, 2)))
+
+
+@pytest.mark.parametrize("tile", [1, 64])
+def test_store_as_fp8(tile: int) -> None:
+    spans = [(60, 1 if tile == 1 else 200), (5, 1)]
+    check_store(make_case(spans, tile=tile, dtype=torch.bfloat16, dim=80, heads=(0, 2), fp8=True))
+
+
+def check_store(case: Case) -> None:
+    dtype = case.q.dtype
     k, v = (torch.randn(5, case.q.shape[0], 80, dtype=dtype).transpose(0, 1) for _ in range(2))
     there = case.to("cuda")
     store(k.cuda(), v.cuda(), there.kv, there.blocks)
     store_torch(k, v, case.kv, case.blocks)
-    for mine, theirs in ((there.kv.k, case.kv.k), (there.kv.v, case.kv.v)):
+    written = [(there.kv.k, case.kv.k), (there.kv.v, case.kv.v)]
+    if there.kv.scale is not None and case.kv.scale is not None:
+        written = [(mine.view(torch.uint8), theirs.view(torch.uint8)) for mine, theirs in written]
+        written.append((there.kv.scale, case.kv.scale))
+    for mine, theirs in written:
         torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
 
 

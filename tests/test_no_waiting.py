@@ -112,9 +112,15 @@ def on_gpu(checkpoint: Path, like: Model) -> Model:
 @pytest.fixture
 def cache(gpu: None) -> KVCache:
     """Books on the host, pages on that GPU."""
+    return make_cache()
+
+
+def make_cache(*, fp8: bool = False) -> KVCache:
     groups, summaries = group_heads(every_backend().rules()), every_backend().summaries()
     few = [64] * len(groups)
-    return KVCache(groups, few, ratio=RATIO, head_dim=DIM, dtype=torch.bfloat16, device=GPU, summaries=summaries)
+    return KVCache(
+        groups, few, ratio=RATIO, head_dim=DIM, dtype=torch.bfloat16, device=GPU, summaries=summaries, fp8=fp8
+    )
 
 
 def tables_of(cache: KVCache) -> list[PageTable]:
@@ -128,6 +134,15 @@ def tables_of(cache: KVCache) -> list[PageTable]:
 @pytest.mark.parametrize("new", [1, 300])
 def test_a_forward_pass(there: Model, cache: KVCache, names: tuple[str, ...], new: int) -> None:
     """A token of each sequence, or the end of a prompt beside tokens of others."""
+    check_forward(there, cache, names, new)
+
+
+@pytest.mark.parametrize("new", [1, 300])
+def test_a_forward_pass_with_fp8(there: Model, new: int) -> None:
+    check_forward(there, make_cache(fp8=True), ("sparse", "exact", "other"), new)
+
+
+def check_forward(there: Model, cache: KVCache, names: tuple[str, ...], new: int) -> None:
     points, tables = map(every_backend().point, names), tables_of(cache)
     spans = [Span(69, 1, 60), Span(249, 1, 60), Span(515 - new, new, 515 if new > 1 else 60)]
     tokens = torch.zeros(2 + new, dtype=torch.int64, device=GPU)
@@ -140,6 +155,10 @@ def test_a_forward_pass(there: Model, cache: KVCache, names: tuple[str, ...], ne
 @pytest.mark.parametrize("names", [("exact",), ("sparse",), ("sparse", "exact", "other")], ids=",".join)
 def test_a_recorded_step(there: Model, cache: KVCache, names: tuple[str, ...]) -> None:
     check_recorded(there, cache, names)
+
+
+def test_a_recorded_step_with_fp8(there: Model) -> None:
+    check_recorded(there, make_cache(fp8=True), ("sparse", "exact", "other"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -48,29 +48,31 @@ def widen(x, dtype: tl.constexpr, FP8: tl.constexpr):
     """Bytes -> numbers of `dtype`, with BITS over 256; or x as it is."""
     if FP8 == 2:
         # The exponent is a float16's less 8, the sign moves over the free place between them.
-        return ((x.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True).to(dtype)
-    if FP8 == 1:
-        return x.to(tl.float8e4nv, bitcast=True).to(dtype)
+        x = ((x.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True).to(dtype)
+    elif FP8 == 1:
+        x = x.to(tl.float8e4nv, bitcast=True).to(dtype)
     return x
 
 
 @triton.jit
 def load_scales(ptr, there, ROWS: tl.constexpr, FP8: tl.constexpr):
     """float32 [N] for what `widen` gives; 0 where not `there` (when ROWS)."""
-    if FP8 == 0:
-        return tl.zeros((1,), tl.float32)
-    scale = (tl.load(ptr, mask=there, other=0.0) if ROWS else tl.load(ptr)).to(tl.float32)
-    return scale * 256.0 if FP8 == 2 else scale
+    scale = tl.zeros((1,), tl.float32)
+    if FP8:
+        scale = (tl.load(ptr, mask=there, other=0.0) if ROWS else tl.load(ptr)).to(tl.float32)
+    if FP8 == 2:
+        scale *= 256.0
+    return scale
 
 
 @triton.jit
 def quantise(x):
     """As gossamer.kernels.fp8.quantise: x [N, D] float32 -> bytes [N, D] int8, scales [N] float32."""
     largest = tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
-    bits = tl.maximum(largest / _LARGEST, _LEAST).to(tl.int32, bitcast=True)
+    bits = tl.maximum(tl.div_rn(largest, _LARGEST), _LEAST).to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + (bits >> 16 & 1)) & -65536  # a bfloat16, as the interpreter would not round it
     scale = tl.where(largest < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
-    x = x / scale[:, None]
+    x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
     sign, size = x.to(tl.int32, bitcast=True) >> 24 & 0x80, tl.abs(x).to(tl.int32, bitcast=True)
     code = ((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - 960  # to the nearest, ties to even; the exponent's zero moves
     # Below 2^-6 it is a number of 2^-9, which adding 2^14 rounds to.

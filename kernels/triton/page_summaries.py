@@ -78,9 +78,10 @@ def _stored(pool: Tensor, physical: Tensor, scale: Tensor | None) -> tuple[Tenso
 def _load(ptrs, mask, scales, FP8: tl.constexpr):
     """Keys [n, WIDE] with their scales at `scales` [n] -> float32, 0 where not `mask`."""
     keys = tl.load(ptrs, mask=mask, other=0)
+    keys = widen(keys, tl.float32, FP8).to(tl.float32)
     if FP8:
-        return widen(keys, tl.float32, FP8) * load_scales(scales, mask, False, FP8)[:, None]
-    return keys.to(tl.float32)
+        keys *= load_scales(scales, mask, False, FP8)[:, None]
+    return keys
 
 
 @triton.jit
