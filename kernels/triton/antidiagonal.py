@@ -19,14 +19,14 @@ KEYS = 64  # key groups per program: no page has more
 CELLS = 2048  # of them a program of the second kernel looks at together
 
 
-def tile(dim: int, itemsize: int, rows: int, stride: int) -> dict[str, int]:
+def tile(dim: int, itemsize: int, rows: int, stride: int, *, fp8: bool = False) -> dict[str, int]:
     """Rows and key groups per program and compiler options, for `rows` rows in the longest sequence: full registers,
     nothing spilled, to which the tests hold them. float32 is there to be right, not fast."""
     wide = max(16, triton.next_power_of_2(dim))
     if itemsize == 4:
         most, warps, stages = 32, 8, 1
     elif wide <= 128:
-        most, warps, stages = 128 if stride <= 16 else 64, 8, 3
+        most, warps, stages = 128 if stride <= 16 and not (fp8 and wide == 128) else 64, 8, 3
     else:
         most, warps, stages = 64, 8, 2
     block = min(most, max(16, triton.next_power_of_2(rows)))
@@ -50,7 +50,7 @@ def launch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, stride: int, *, scale: f
     for row in blocks.rows:
         tiles[row.seq] = tiles.get(row.seq, 0) + 1
     own, item = stored(q, kv), kv.k.element_size()
-    options = tile(dim, own.itemsize, max(tiles.values()) * rows, stride)
+    options = tile(dim, own.itemsize, max(tiles.values()) * rows, stride, fp8=kv.scale is not None)
     options = tuned("antidiagonal", options, q.device, dim=dim, bytes=item, stride=stride)
     pages = options["KEYS"] * stride // kv.page_size
     most = max(1, PART_BYTES // (4 * heads * rows * width))
