@@ -8,6 +8,7 @@ Points are operating points of policy files (`gossamer-demo-mixed:fast`, or a fi
 `dense`, and `sweep`: each backend alone, with budgets from generous to small. All points answer the same questions on
 the same documents, which training never saw, so that differences are paired. A document of real text holds 16 single
 facts, four keys of several values and four chains; a second one is asked for four keys at a time; a third is all facts.
+With `--kv-cache-dtype auto fp8` each point is asked again with keys and values in FP8, under the name `dense, fp8`.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import json
 import math
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -117,13 +119,19 @@ def ask(engine: Engine, point: str, prompt: Prompt) -> list[tuple[Question, Repl
 
 
 def measure(
-    engine: Engine, points: Iterable[str], scores: dict[tuple[str, str, int], Score], prompt: Prompt, task: Task
+    engine: Engine,
+    points: Iterable[str],
+    scores: dict[tuple[str, str, int], Score],
+    prompt: Prompt,
+    task: Task,
+    note: str,
 ) -> None:
-    """One document at every point."""
+    """One document at every point; their names get the note."""
     for point in points:
         for question, reply in ask(engine, point, prompt):
             kind = kind_of(task, question)
-            own = scores.setdefault((point, kind, prompt.length), Score(point, kind, prompt.length))
+            key = (point + note, kind, prompt.length)
+            own = scores.setdefault(key, Score(*key))
             assert reply.use is not None
             use = reply.use
             reads = [use.prefill_read, use.prefill_possible, use.decode_read, use.decode_possible]
@@ -209,6 +217,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=4, help="of each of the three kinds")
     parser.add_argument("--questions", type=int, default=24, help="about a document, at most")
     parser.add_argument("--first", type=int, default=0, help="seed of the first document")
+    parser.add_argument("--kv-cache-dtype", nargs="+", default=["auto"], choices=["auto", "fp8"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--merge", type=Path, nargs="+", help="add up these results instead of measuring")
     parser.add_argument("--out", type=Path)
@@ -230,21 +239,24 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     policy = chosen_points(args.points, args.artefacts)
-    engine = start(ServerConfig(model=args.model, dtype="bfloat16", kv_cache_memory=6 * 2**30, max_num_seqs=32), policy)
-    filler = Filler(
-        args.text.read_text(encoding="utf-8").replace("\0", "\n").split("\n"),
-        lambda text: engine.tokenizer.encode(text, add_special_tokens=False),
-    )
     found: dict[tuple[str, str, int], Score] = {}
     about = {**provenance(), "weights": weights_digest(args.model), "seeds": [args.first, args.first + args.documents]}
+    common = ServerConfig(model=args.model, dtype="bfloat16", kv_cache_memory=6 * 2**30, max_num_seqs=32)
+    for kept in args.kv_cache_dtype:
+        engine = start(replace(common, kv_cache_dtype=kept), policy)
+        filler = Filler(
+            args.text.read_text(encoding="utf-8").replace("\0", "\n").split("\n"),
+            partial(engine.tokenizer.encode, add_special_tokens=False),
+        )
+        for length in args.lengths:
+            for seed in range(args.first, args.first + args.documents):
+                for task in KINDS:
+                    prompt = make_prompt(task, length, seed, filler, questions=args.questions, reserve=MOST_TOKENS + 64)
+                    measure(engine, policy.names, found, prompt, task, "" if kept == "auto" else f", {kept}")
+                    write(args.out, found.values(), about)
+        engine.stop(0.0)
     for length in args.lengths:
-        for seed in range(args.first, args.first + args.documents):
-            for task in KINDS:
-                prompt = make_prompt(task, length, seed, filler, questions=args.questions, reserve=MOST_TOKENS + 64)
-                measure(engine, policy.names, found, prompt, task)
-                write(args.out, found.values(), about)
         print(f"\n{length} tokens\n\n{table(found.values(), length)}", flush=True)
-    engine.stop(0.0)
 
 
 if __name__ == "__main__":
