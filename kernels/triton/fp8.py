@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.kernels.fp8 import LARGEST, LEAST
 from gossamer.kernels.layout import PagedKV
-from gossamer.kernels.triton.tiles import capability
+from gossamer.kernels.triton.tiles import add_keys, capability
 
 WHOLE, CHIP, BITS = 0, 1, 2  # how numbers are widened: not at all, by the chip, or by integer arithmetic
 FIRST_CHIP = 89  # the first that knows this FP8
@@ -45,11 +45,11 @@ def form_for(dtype: torch.dtype, device: torch.device) -> int:
 
 @triton.jit
 def widen(x, dtype: tl.constexpr, FP8: tl.constexpr):
-    """Bytes -> numbers of `dtype`, with BITS over 256; or x as it is."""
+    """Bytes -> numbers of `dtype`, with BITS over 256."""
     if FP8 == 2:
         # The exponent is a float16's less 8, the sign moves over the free place between them.
         x = ((x.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True).to(dtype)
-    elif FP8 == 1:
+    else:
         x = x.to(tl.float8e4nv, bitcast=True).to(dtype)
     return x
 
@@ -57,12 +57,23 @@ def widen(x, dtype: tl.constexpr, FP8: tl.constexpr):
 @triton.jit
 def load_scales(ptr, there, ROWS: tl.constexpr, FP8: tl.constexpr):
     """float32 [N] for what `widen` gives; 0 where not `there` (when ROWS)."""
-    scale = tl.zeros((1,), tl.float32)
-    if FP8:
-        scale = (tl.load(ptr, mask=there, other=0.0) if ROWS else tl.load(ptr)).to(tl.float32)
+    scale = (tl.load(ptr, mask=there, other=0.0) if ROWS else tl.load(ptr)).to(tl.float32)
     if FP8 == 2:
         scale *= 256.0
     return scale
+
+
+@triton.jit
+def add_fp8_keys(
+    q, k, v, scales, scales_v, there, best, total, acc, visible, scale, cap,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """As tiles.add_keys, for bytes whose scales are at `scales` [N], the values' scales_v behind, where `there` [N]
+    (when MASKED)."""
+    k_scale = load_scales(scales, there, MASKED, FP8)
+    v_scale = load_scales(scales + scales_v, there, MASKED, FP8)
+    k, v = widen(k, q.dtype, FP8), widen(v, q.dtype, FP8)
+    return add_keys(q, k, v, best, total, acc, visible, scale, cap, MASKED, SOFTCAP, k_scale, v_scale, True)
 
 
 @triton.jit

@@ -78,10 +78,9 @@ def _stored(pool: Tensor, physical: Tensor, scale: Tensor | None) -> tuple[Tenso
 def _load(ptrs, mask, scales, FP8: tl.constexpr):
     """Keys [n, WIDE] with their scales at `scales` [n] -> float32, 0 where not `mask`."""
     keys = tl.load(ptrs, mask=mask, other=0)
-    keys = widen(keys, tl.float32, FP8).to(tl.float32)
     if FP8:
-        keys *= load_scales(scales, mask, False, FP8)[:, None]
-    return keys
+        keys = widen(keys, tl.float32, FP8) * load_scales(scales, mask, False, FP8)[:, None]
+    return keys.to(tl.float32)
 
 
 @triton.jit

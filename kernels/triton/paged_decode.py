@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
-from gossamer.kernels.triton.fp8 import load_scales, stored, widen
+from gossamer.kernels.triton.fp8 import add_fp8_keys, stored
 from gossamer.kernels.triton.tiles import LN_2, VARYING, add_keys, add_sink, factors, load_rows, programs
 from gossamer.kernels.triton.tuned import tuned
 
@@ -169,13 +169,15 @@ def _attend_pieces(
             physical = tl.load(table + page).to(tl.int64)
             key = page * PAGE + s
             seen = (key <= pos) & ((key > recent) | (key < sink))
-            k = widen(load_rows(keys + physical * k_p, s * k_s, seen, True, DIM, WIDE), q.dtype, FP8)
-            v = widen(load_rows(values + physical * v_p, s * v_s, seen, True, DIM, WIDE), q.dtype, FP8)
-            scales = own_scales + physical * scales_p + s
-            k_scale, v_scale = load_scales(scales, seen, True, FP8), load_scales(scales + scales_v, seen, True, FP8)
-            best, total, acc = add_keys(
-                q, k, v, best, total, acc, seen[None], scale, cap, True, SOFTCAP, k_scale, v_scale, FP8 > 0
-            )
+            k = load_rows(keys + physical * k_p, s * k_s, seen, True, DIM, WIDE)
+            v = load_rows(values + physical * v_p, s * v_s, seen, True, DIM, WIDE)
+            if FP8:
+                scales = own_scales + physical * scales_p + s
+                best, total, acc = add_fp8_keys(
+                    q, k, v, scales, scales_v, seen, best, total, acc, seen[None], scale, cap, True, SOFTCAP, FP8
+                )
+            else:
+                best, total, acc = add_keys(q, k, v, best, total, acc, seen[None], scale, cap, True, SOFTCAP)
         if TOKENS:
             token_run = tokens_ptr + tl.load(token_start_ptr + g * token_g + n)
             token_low = tl.maximum(piece - of_pages, 0) * size * PAGE
@@ -185,13 +187,15 @@ def _attend_pieces(
                 key = tl.load(token_run + i + s, mask=listed, other=0)
                 seen = listed & (key <= pos) & ((key > recent) | (key < sink))
                 physical = tl.load(table + key // PAGE, mask=seen, other=0).to(tl.int64)
-                k = widen(load_rows(keys, physical * k_p + (key % PAGE) * k_s, seen, True, DIM, WIDE), q.dtype, FP8)
-                v = widen(load_rows(values, physical * v_p + (key % PAGE) * v_s, seen, True, DIM, WIDE), q.dtype, FP8)
-                scales = own_scales + physical * scales_p + key % PAGE
-                k_scale, v_scale = load_scales(scales, seen, True, FP8), load_scales(scales + scales_v, seen, True, FP8)
-                best, total, acc = add_keys(
-                    q, k, v, best, total, acc, seen[None], scale, cap, True, SOFTCAP, k_scale, v_scale, FP8 > 0
-                )
+                k = load_rows(keys, physical * k_p + (key % PAGE) * k_s, seen, True, DIM, WIDE)
+                v = load_rows(values, physical * v_p + (key % PAGE) * v_s, seen, True, DIM, WIDE)
+                if FP8:
+                    scales = own_scales + physical * scales_p + key % PAGE
+                    best, total, acc = add_fp8_keys(
+                        q, k, v, scales, scales_v, seen, best, total, acc, seen[None], scale, cap, True, SOFTCAP, FP8
+                    )
+                else:
+                    best, total, acc = add_keys(q, k, v, best, total, acc, seen[None], scale, cap, True, SOFTCAP)
 
         place = item * ratio + r.to(tl.int64)
         safe = tl.where(total == 0.0, 1.0, total)  # a piece of which the query may see nothing

@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
-from gossamer.kernels.triton.fp8 import load_scales, stored, widen
+from gossamer.kernels.triton.fp8 import add_fp8_keys, stored
 from gossamer.kernels.triton.tiles import LN_2, VARYING, add_keys, add_sink, capability, factors, load_rows
 from gossamer.kernels.triton.tuned import tuned
 
 
-def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int) -> dict[str, int]:
+def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int, fp8: bool = False) -> dict[str, int]:
     """Rows per program and compiler options for `rows` packed rows and a GPU's compute capability (80, 90, ...).
 
     These fill the registers without spilling and fit the shared memory, to which tests/test_kernels_compile.py holds
@@ -27,7 +27,7 @@ def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int) -
     elif wide <= 128:
         most, warps, stages = 128 if capability >= 90 else 64, 8, 4
     else:
-        most, warps, stages = 64 if capability >= 90 and not tokens else 32, 8, 2
+        most, warps, stages = 64 if capability >= 90 and not tokens and not fp8 else 32, 8, 2
     block = min(most, max(16, triton.next_power_of_2(rows)))
     return {"M": block, "WIDE": wide, "num_warps": warps if block == most else 4, "num_stages": stages}
 
@@ -48,7 +48,7 @@ def launch(
     dim, rows = q.shape[2], blocks.size * kv.ratio
     tokens = index.tokens is not None
     own = stored(q, kv)
-    options = tile(dim, own.itemsize, rows, tokens=tokens, capability=capability(q.device))
+    options = tile(dim, own.itemsize, rows, tokens=tokens, capability=capability(q.device), fp8=own.form > 0)
     options = tuned("paged_prefill", options, q.device, dim=dim, bytes=kv.k.element_size(), tokens=tokens)
     groups, parts = kv.heads.numel(), triton.cdiv(rows, options["M"])
     singles = (
@@ -119,25 +119,29 @@ def _paged_prefill(
     clear = tl.where(cut, 0, tl.maximum(count - own, 0))
     for i in range(0, clear):
         physical = tl.load(table_ptr + tl.load(run + i)).to(tl.int64)
-        k = widen(load_rows(k_ptr + physical * k_p, s * k_s, real, False, DIM, WIDE), q.dtype, FP8)
-        v = widen(load_rows(v_ptr + physical * v_p, s * v_s, real, False, DIM, WIDE), q.dtype, FP8)
-        scales = scales_ptr + physical * scales_p + s
-        k_scale, v_scale = load_scales(scales, real, False, FP8), load_scales(scales + scales_v, real, False, FP8)
-        best, total, acc = add_keys(
-            q, k, v, best, total, acc, real[:, None], scale, cap, False, SOFTCAP, k_scale, v_scale, FP8 > 0
-        )
+        k = load_rows(k_ptr + physical * k_p, s * k_s, real, False, DIM, WIDE)
+        v = load_rows(v_ptr + physical * v_p, s * v_s, real, False, DIM, WIDE)
+        if FP8:
+            scales = scales_ptr + physical * scales_p + s
+            best, total, acc = add_fp8_keys(
+                q, k, v, scales, scales_v, real, best, total, acc, real[:, None], scale, cap, False, SOFTCAP, FP8
+            )
+        else:
+            best, total, acc = add_keys(q, k, v, best, total, acc, real[:, None], scale, cap, False, SOFTCAP)
     for i in range(clear, count):
         page = tl.load(run + i)
         physical = tl.load(table_ptr + page).to(tl.int64)
         key = page * PAGE + s
-        k = widen(load_rows(k_ptr + physical * k_p, s * k_s, key < length, True, DIM, WIDE), q.dtype, FP8)
-        v = widen(load_rows(v_ptr + physical * v_p, s * v_s, key < length, True, DIM, WIDE), q.dtype, FP8)
-        scales, there = scales_ptr + physical * scales_p + s, key < length
-        k_scale, v_scale = load_scales(scales, there, True, FP8), load_scales(scales + scales_v, there, True, FP8)
+        k = load_rows(k_ptr + physical * k_p, s * k_s, key < length, True, DIM, WIDE)
+        v = load_rows(v_ptr + physical * v_p, s * v_s, key < length, True, DIM, WIDE)
         visible = (key[None] <= at) & ((key[None] > at - window) | (key[None] < sink))
-        best, total, acc = add_keys(
-            q, k, v, best, total, acc, visible, scale, cap, True, SOFTCAP, k_scale, v_scale, FP8 > 0
-        )
+        if FP8:
+            scales = scales_ptr + physical * scales_p + s
+            best, total, acc = add_fp8_keys(
+                q, k, v, scales, scales_v, key < length, best, total, acc, visible, scale, cap, True, SOFTCAP, FP8
+            )
+        else:
+            best, total, acc = add_keys(q, k, v, best, total, acc, visible, scale, cap, True, SOFTCAP)
     if TOKENS:
         token_run = tokens_ptr + tl.load(token_start_ptr + g * token_g + n)
         token_count = tl.load(token_count_ptr + g * token_g + n)
@@ -146,14 +150,16 @@ def _paged_prefill(
             key = tl.load(token_run + i + s, mask=listed, other=0)
             listed &= key < length
             physical = tl.load(table_ptr + key // PAGE, mask=listed, other=0).to(tl.int64)
-            k = widen(load_rows(k_ptr, physical * k_p + (key % PAGE) * k_s, listed, True, DIM, WIDE), q.dtype, FP8)
-            v = widen(load_rows(v_ptr, physical * v_p + (key % PAGE) * v_s, listed, True, DIM, WIDE), q.dtype, FP8)
-            scales = scales_ptr + physical * scales_p + key % PAGE
-            k_scale, v_scale = load_scales(scales, listed, True, FP8), load_scales(scales + scales_v, listed, True, FP8)
+            k = load_rows(k_ptr, physical * k_p + (key % PAGE) * k_s, listed, True, DIM, WIDE)
+            v = load_rows(v_ptr, physical * v_p + (key % PAGE) * v_s, listed, True, DIM, WIDE)
             visible = listed[None] & (key[None] <= at) & ((key[None] > at - window) | (key[None] < sink))
-            best, total, acc = add_keys(
-                q, k, v, best, total, acc, visible, scale, cap, True, SOFTCAP, k_scale, v_scale, FP8 > 0
-            )
+            if FP8:
+                scales = scales_ptr + physical * scales_p + key % PAGE
+                best, total, acc = add_fp8_keys(
+                    q, k, v, scales, scales_v, listed, best, total, acc, visible, scale, cap, True, SOFTCAP, FP8
+                )
+            else:
+                best, total, acc = add_keys(q, k, v, best, total, acc, visible, scale, cap, True, SOFTCAP)
 
     if SINKS:
         best, total, decay = add_sink(best, total, tl.load(sinks_ptr + head))

@@ -98,7 +98,9 @@ def _row_lse(
         key = page * PAGE + s
         there = key < tl.where(physical >= 0, length, 0)
         k = load_rows(k_ptr + tl.maximum(physical, 0) * k_p, s.to(tl.int64) * k_s, there, True, DIM, WIDE)
-        scores = tl.dot(q, tl.trans(widen(k, q.dtype, FP8)), input_precision="ieee") * scale
+        if FP8:
+            k = widen(k, q.dtype, FP8)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if FP8:
             scores *= load_scales(scales_ptr + tl.maximum(physical, 0) * scales_p + s, there, True, FP8)[None]
         visible = there[None] & (key[None] <= at) & ((key[None] > at - window) | (key[None] < sink))
@@ -133,9 +135,11 @@ def _page_sums(
     there = key < tl.where(physical >= 0, tl.load(length_ptr + seq), 0)
     k_at = g.to(tl.int64) * k_g + tl.maximum(physical, 0) * k_p
     k = load_rows(k_ptr + k_at, s.to(tl.int64) * k_s, there, True, DIM, WIDE)
-    k = tl.trans(widen(k, q_ptr.dtype.element_ty, FP8))
-    scales_at = scales_ptr + g.to(tl.int64) * scales_g + tl.maximum(physical, 0) * scales_p + s
-    k_scale = load_scales(scales_at, there, True, FP8)
+    if FP8:
+        k = widen(k, q_ptr.dtype.element_ty, FP8)
+        scales_at = scales_ptr + g.to(tl.int64) * scales_g + tl.maximum(physical, 0) * scales_p + s
+        k_scale = load_scales(scales_at, there, True, FP8)
+    k = tl.trans(k)
     first_token, first_head = tl.load(token_ptr + b), tl.load(heads_ptr + g) * ratio
     span = b.to(tl.int64) * tl.num_programs(1) + g
 
