@@ -135,8 +135,8 @@ def test_store(tile: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(read[0], read[1], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_estimates_from_the_keys_themselves(chip: int, dtype: torch.dtype) -> None:
+def test_estimates_from_the_keys_themselves(chip: int) -> None:
+    dtype = torch.float16 if chip == 80 else torch.float32
     case = make_case(SPANS, ratio=2, dim=32, tile=32, windows=WINDOWS[:3], dtype=dtype, heads=(2, 0), fp8=True)
     given = (case.q, case.kv, case.blocks)
     found = antidiagonal.launch(*given, 16, scale=case.scale)
