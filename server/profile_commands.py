@@ -83,6 +83,10 @@ def profile(
     train_gates: Annotated[
         bool, typer.Option("--train-gates", help="Distil gates too, and let heads use them.")
     ] = False,
+    train_heads: Annotated[
+        bool,
+        typer.Option("--train-heads", help="Train which heads can stream (DuoAttention), for the report to compare."),
+    ] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Try each backend for all heads alike too, at equal density.")
     ] = False,
@@ -137,7 +141,7 @@ def profile(
         bounds=tuple(Bound(*each) for each in bounds),
         compare=compare,
         train_gates=train_gates,
-        train_heads=False,
+        train_heads=train_heads,
     )
     _run(Job(config, settings, out, data, device_profile))
 

@@ -12,7 +12,9 @@ from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.calibrate import Calibration
 from gossamer.attention.profiling.candidates import Candidate
 from gossamer.attention.profiling.findings import Found, add_up, flatten, unflatten
+from gossamer.attention.profiling.heads import train_heads
 from gossamer.attention.profiling.labels import ChannelProducts, write_labels
+from gossamer.attention.profiling.passkeys import Passkeys
 from gossamer.attention.profiling.profile import Settings
 from gossamer.attention.profiling.prompts import Document
 from gossamer.attention.profiling.reading import LayerCall, Reader
@@ -20,6 +22,9 @@ from gossamer.attention.profiling.state import State
 from gossamer.attention.profiling.statistics import Looks, Statistics
 from gossamer.attention.profiling.stopwatch import Stopwatch
 from gossamer.attention.profiling.subject import CALIBRATED, Progress, Subject
+from gossamer.attention.profiling.tasks import Message
+
+STEPS, KEYS = 200, 6  # of training heads, and facts in each text
 
 
 def rank_channels(subject: Subject, settings: Settings, state: State, progress: Progress, path: Path) -> None:
@@ -45,6 +50,25 @@ def rank_channels(subject: Subject, settings: Settings, state: State, progress: 
 
     ranked = state.tensors("labels", rank)
     write_labels(path, [ranked[str(layer)] for layer in range(subject.shape.layers)])
+
+
+def train_alphas(subject: Subject, settings: Settings, state: State, progress: Progress) -> Tensor:
+    """DuoAttention's α of each head [layers, KV heads], on texts of up to the shortest length. Raises ValueError where
+    the model's chat template shows no reply."""
+    speech, longest = subject.speech, min(settings.lengths)
+
+    def encode(chat: list[Message]) -> list[int]:
+        if speech.has_chat_template:
+            return speech.encode_chat(chat)
+        return speech.encode("\n".join(message["content"] for message in chat))
+
+    def train() -> dict[str, Tensor]:
+        progress.begin("training of heads", STEPS)
+        texts = Passkeys(subject.fillers["train"], encode, longest // 4, longest, keys=KEYS, seed=settings.seed)
+        alpha = train_heads(subject.module, texts, steps=STEPS, report=lambda step, loss: progress.tick())
+        return {"alpha": alpha}
+
+    return state.tensors("heads", train)["alpha"]
 
 
 @dataclass(frozen=True, slots=True)

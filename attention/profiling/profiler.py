@@ -17,7 +17,7 @@ from gossamer.attention.profiling.device import measure_device
 from gossamer.attention.profiling.fidelity import Fidelity
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.gate_training import gates_against_pooled_keys, train_gates
-from gossamer.attention.profiling.learning import calibrate, rank_channels
+from gossamer.attention.profiling.learning import calibrate, rank_channels, train_alphas
 from gossamer.attention.profiling.profile import Point, Profile, Settings
 from gossamer.attention.profiling.search import Search
 from gossamer.attention.profiling.sensitivity import sensitivities
@@ -78,6 +78,7 @@ class Profiler:
             points = chooser.verify(plans)
         with stopwatch.stage("comparison"):
             rivals = chooser.rivals(points[1]) if self.settings.compare and len(points) > 1 else []
+        alphas = self._train_heads() if self.settings.train_heads else None
         best = [*points[1:], points[0]]  # the first operating point of a file is its default
         provenance = Provenance(source="profiled", note=self._note(points[1:]))
         return Profile(
@@ -94,7 +95,7 @@ class Profiler:
             attempts=tuple(chooser.attempts),
             points=tuple(points),
             rivals=tuple(rivals),
-            alphas=None,
+            alphas=alphas,
             gates=gates_against_pooled_keys(candidates, found, max(self.settings.lengths)),
             spent=stopwatch.spent,
             about=self.about,
@@ -105,6 +106,10 @@ class Profiler:
         with self.stopwatch.stage("gates"):
             train_gates(self.subject, self.settings, self.state, self.progress, self.folder / name)
         return name
+
+    def _train_heads(self) -> Tensor:
+        with self.stopwatch.stage("training of heads"):
+            return train_alphas(self.subject, self.settings, self.state, self.progress)
 
     def _measure_device(self, candidates: Candidates, artefacts: Artefacts) -> DeviceProfile:
         def measure() -> DeviceProfile:

@@ -76,8 +76,8 @@ def profile(job: Job, progress: Progress) -> Profile:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
     stable = {key: value for key, value in about.items() if key != "date"}
-    searched = replace(job.settings, bounds=(), compare=False, goal="latency", memory=None)  # what it depends on
-    state = State(job.out.with_name(f".{job.name}.profile"), f"{stable}\n{searched}\n{subject.chunk}\n")
+    found_by = replace(job.settings, bounds=(), compare=False, goal="latency", memory=None, train_heads=False)
+    state = State(job.out.with_name(f".{job.name}.profile"), f"{stable}\n{found_by}\n{subject.chunk}\n")
     if state.resumed:
         progress.say("Going on where an earlier profile with the same settings stopped")
     profiler = Profiler(subject, job.settings, job.out.parent, job.name, state, progress, device_profile, about)
