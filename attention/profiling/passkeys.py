@@ -66,8 +66,8 @@ def find_answers(
             continue
         other = [*chat[:turn], {**message, "content": _altered(message["content"])}, *chat[turn + 1 :]]
         changed = list(encode_chat(other))
-        start = _common(ids, changed)
-        stop = len(ids) - _common(ids[::-1], changed[::-1])
+        start = _shared_beginning(ids, changed)
+        stop = len(ids) - _shared_beginning(ids[::-1], changed[::-1])
         if not (found[-1].stop if found else 1) <= start < stop:
             raise ValueError("the chat template does not show each reply once and in order, so none can be trained on")
         found.append(range(start, stop))
@@ -81,7 +81,7 @@ def _altered(text: str) -> str:
     return text.translate(str.maketrans(before, after))
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _shared_beginning(one: Sequence[int], other: Sequence[int]) -> int:
     """How many entries from the first on are equal."""
     pairs = zip(one, other, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
