@@ -181,6 +181,11 @@ def serving(place: Place, file: Path) -> list[str]:
     return place.script("sparse_serving.py", *(large if place.gpu else tiny), "--out", file)
 
 
+def profiling(place: Place, file: Path) -> list[str]:
+    sizes = ["--shape", "8b", "--lengths", 8192, 32768] if place.gpu else ["--shape", "tiny", "--lengths", 1024]
+    return place.script("profile_shape.py", *sizes, "--out", file)
+
+
 STAGES = (
     Stage("each", "every kernel once against its twin", 180, False, plain(each)),
     Stage("tests", "pytest -m gpu", 420, True, tests),
@@ -190,6 +195,7 @@ STAGES = (
     Stage("sparse", "every backend against dense, one layer", 240, False, plain(sparse)),
     Stage("tuning", "sweeps of the kernels' settings", 480, True, plain(tuning)),
     Stage("serving", "first token and time per token, 8B shape", 540, False, plain(serving)),
+    Stage("profile", "gossamer profile, 8B shape", 540, False, plain(profiling)),
 )
 
 
