@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -184,6 +185,8 @@ def _attention(own: Setting) -> Iterator[Case]:
         return own.case(name, lambda: form.launch(*own.read, own.index(tokens), *own.written, **options))
 
     yield attend("")
+    if own.usual and own.type != "fp32" and not own.decode:
+        yield from _by_descriptors(own, attend)
     if own.usual and own.type == "bf16":
         yield attend("tokens", tokens=True)
         yield attend("softcap sinks", softcap=30.0, sinks=True)
@@ -191,6 +194,30 @@ def _attention(own: Setting) -> Iterator[Case]:
         yield attend("softcap", softcap=30.0)
         yield attend("tokens softcap sinks", tokens=True, softcap=30.0, sinks=True)
     yield own.case("", lambda: store.launch(own.q, own.q, own.kv, own.blocks))
+
+
+def _by_descriptors(own: Setting, attend: Callable[..., Case]) -> Iterator[Case]:
+    """Prompts whose pages are loaded through tensor descriptors, as a GPU's file of tiles may ask for. GPUs that cannot
+    do that launch what they would have launched."""
+
+    def by_descriptors(name: str, more: dict[str, int], **options: bool | float) -> Case:
+        variant, call = attend(f"{name} descriptors".strip(), **options)
+
+        def tuned(kernel: str, tile: dict[str, int], *_: object, **__: object) -> dict[str, int]:
+            return {**tile, "TMA": 1} | more
+
+        def asked() -> None:
+            with patch.object(paged_prefill, "tuned", tuned):
+                call()
+
+        return Case(variant, asked)
+
+    yield by_descriptors("", {})
+    if own.type == "bf16":
+        yield by_descriptors("tokens", {}, tokens=True)
+        yield by_descriptors("softcap sinks", {}, softcap=30.0, sinks=True)
+        if own.dim > 128:
+            yield by_descriptors("128 rows", {"M": TILE_ROWS})
 
 
 def _selection(own: Setting) -> Iterator[Case]:

@@ -33,6 +33,7 @@ from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.kernels.score_pages import bound_mass, page_mass
 from gossamer.kernels.score_tokens import label_mass
 from gossamer.kernels.triton import tuned
+from gossamer.kernels.triton.tiles import capability, register_limit
 from gossamer.kvcache.summaries import KeyBounds
 from gossamer.server.bench.clock import race
 from gossamer.server.bench.layer import Layer, Shape
@@ -47,7 +48,8 @@ Options = dict[str, int]
 
 @dataclass(frozen=True)
 class Case:
-    """One call to make faster. `own`: what the kernel asks for by itself, noted while it runs."""
+    """One call to make faster. `own`: what the kernel asks for by itself, noted while it runs, and the most rows that
+    it has."""
 
     name: str
     own: Options
@@ -55,17 +57,22 @@ class Case:
 
 
 def candidates(own: Options) -> Iterator[Options]:
-    """Other tiles than the kernel's own. Rows and columns never grow: they fit the shape already."""
+    """Other tiles than the kernel's own. Rows and columns never grow beyond what the call has."""
     choices: dict[str, Sequence[int]] = {"num_warps": (4, 8), "num_stages": (1, 2, 3, 4, 5, 6)}
-    if "per_sm" in own:
+    if "TMA" in own:
+        descriptors = (0, 1) if capability(torch.device("cuda")) >= 90 else (0,)
+        choices |= {"num_stages": (2, 3, 4, 5), "TMA": descriptors, "per_sm": (1, 2)}
+    elif "per_sm" in own:
         choices["per_sm"] = (1, 2, 3, 4, 8)
-    else:
-        choices["M"] = [m for m in (16, 32, 64, 128) if max(own["M"] // 2, own.get("HEADS", 1)) <= m <= own["M"]]
+    if "TMA" in own or "per_sm" not in own:
+        least, most = max(own["M"] // 2, own.get("HEADS", 1)), own.get("most", own["M"])
+        choices["M"] = [m for m in (16, 32, 64, 128) if least <= m <= most]
     if "COLUMNS" in own:
         choices["COLUMNS"] = [c for c in (32, 64, 128) if c <= 2 * own["COLUMNS"]]
     for values in product(*choices.values()):
         found = dict(zip(choices, values, strict=True))
-        if any(own[name] != value for name, value in found.items()):
+        idle = "TMA" in own and found["per_sm"] > 1 and not register_limit(found["per_sm"], found["num_warps"])
+        if not idle and any(own[name] != value for name, value in found.items()):
             yield found
 
 
@@ -121,9 +128,9 @@ def noted(run: Callable[[], Tensor]) -> Iterator[Case]:
     asked: dict[str, Options] = {}
     plain = tuned.tuned
 
-    def note(kernel: str, tile: Options, device: torch.device, **about: int) -> Options:
-        asked.setdefault(tuned.name_of(kernel, **about), dict(tile))
-        return plain(kernel, tile, device, **about)
+    def note(kernel: str, tile: Options, device: torch.device, *, most: int | None = None, **about: int) -> Options:
+        asked.setdefault(tuned.name_of(kernel, **about), tile | ({} if most is None else {"most": most}))
+        return plain(kernel, tile, device, most=most, **about)
 
     modules = ("paged_prefill", "paged_decode", "score_pages", "antidiagonal")
     patches = [patch(f"gossamer.kernels.triton.{module}.tuned", note) for module in modules]

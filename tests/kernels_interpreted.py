@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import Case, make_case, reference
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gossamer.kernels.compact import compact_tokens_torch, compact_torch
 from gossamer.kernels.layout import UNLIMITED, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode_torch
 from gossamer.kernels.paged_prefill import paged_prefill_torch
 from gossamer.kernels.store import store_torch
-from gossamer.kernels.triton import compact, paged_decode, paged_prefill, store
+from gossamer.kernels.triton import compact, page_loads, paged_decode, paged_prefill, store
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels_triton.py runs this file"
 
@@ -47,6 +48,40 @@ def test_attention(dtype: torch.dtype, options: dict[str, object], softcap: floa
         torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance, equal_nan=True)
     due = ~reference(case, softcap, sinks)[1].isnan()
     assert results[0][0][due].isfinite().all() and results[0][0][~due].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "fit"),
+    [
+        (torch.float16, ODD | {"heads": (0, 1, 2)}, True),
+        (torch.float16, {"dim": 32, "ratio": 4}, True),
+        (torch.float16, {"dim": 36}, False),  # rows of 72 bytes
+        (torch.float32, {"dim": 32}, False),
+    ],
+)
+def test_pages_through_descriptors(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, options: dict[str, object], fit: bool
+) -> None:
+    """By those that fit, of a slice of a pool's heads; what lies behind a sequence's last token is never a number."""
+    made: list[PagedKV] = []
+
+    def noted(kv: PagedKV, wide: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+        made.append(kv)
+        return page_loads.page_descriptors(kv, wide)
+
+    monkeypatch.setattr(paged_prefill, "tuned", lambda kernel, tile, device, **case: {**tile, "TMA": 1, "per_sm": 2})
+    monkeypatch.setattr(paged_prefill, "page_descriptors", noted)
+    case = make_case(SPANS, tile=32, dtype=dtype, seed=1, **options)  # type: ignore[arg-type]
+    kv, index = case.kv.only(slice(1, None)), case.index.only(slice(1, None), None)
+    results = []
+    for kernel in (paged_prefill.launch, paged_prefill_torch):
+        out, lse = case.blank()
+        kernel(case.q, kv, case.blocks, index, out, lse, scale=case.scale)
+        results.append((out, lse))
+    assert len(made) == fit
+    assert not results[0][1].isnan().all()
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=DTYPES[dtype], rtol=DTYPES[dtype], equal_nan=True)
 
 
 @pytest.mark.parametrize("least", [1, 2])

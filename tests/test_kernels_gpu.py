@@ -46,6 +46,29 @@ def check_attention(dtype: torch.dtype, tile: int, dim: int, ratio: int, *, fp8:
         check(out, lse, reference(case, softcap, sinks), dtype)
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="older GPUs have no copy engine"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("options", [{}, {"per_sm": 2}, {"M": 128}])
+def test_pages_through_descriptors(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int, options: dict[str, int]
+) -> None:
+    form = pytest.importorskip("gossamer.kernels.triton.paged_prefill")
+    monkeypatch.setattr(form, "tuned", lambda kernel, tile, device, **case: {**tile, "TMA": 1} | options)
+    for density, tokens, windows in ((1.0, 0, ()), (0.4, 70, WINDOWS)):
+        if tokens and options.get("M", 0) > form.tile(dim, 2, 128, tokens=True, capability=90)["M"]:
+            continue  # more rows than there are registers for
+        case = make_case(
+            [(130, 170), (0, 1), (1000, 3)],
+            tile=32, dim=dim, ratio=4, dtype=dtype, density=density, tokens=tokens, windows=windows,
+        ).to("cuda")  # fmt: skip
+        out, lse = case.blank()
+        paged_prefill(case.q, case.kv, case.blocks, case.index, out, lse, scale=case.scale)
+        check(out, lse, reference(case), dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("ratio", [1, 4])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gossamer.kernels.triton import tuned
+from gossamer.kernels.triton import paged_prefill, tuned
 from gossamer.server.bench.layer import Layer, Shape
 
 CUDA = torch.device("cuda")
@@ -39,6 +39,8 @@ def test_a_call_with_few_rows_keeps_its_tile(known: dict[str, dict[str, int]]) -
     known["some"] = {"M": 64, "num_warps": 8}
     assert tuned.tuned("some", {"M": 32, "num_warps": 4}, CUDA) == {"M": 32, "num_warps": 4}
     assert tuned.tuned("some", {"M": 128, "num_warps": 4}, CUDA) == {"M": 64, "num_warps": 8}
+    assert tuned.tuned("some", {"M": 32, "num_warps": 4}, CUDA, most=64) == {"M": 64, "num_warps": 8}
+    assert tuned.tuned("some", {"M": 16, "num_warps": 4}, CUDA, most=32) == {"M": 16, "num_warps": 4}
 
 
 def test_files_are_named_by_their_device() -> None:
@@ -54,7 +56,7 @@ def test_shipped_files_name_options_that_kernels_have() -> None:
         assert found["device"] and file.name == tuned.file_name(found["device"])
         for name, options in found["tiles"].items():
             assert name.split()[0] in ("paged_prefill", "paged_decode", "score_pages", "antidiagonal"), name
-            assert set(options) <= {"M", "COLUMNS", "num_warps", "num_stages", "per_sm"}, name
+            assert set(options) <= {"M", "COLUMNS", "TMA", "num_warps", "num_stages", "per_sm"}, name
 
 
 @pytest.fixture
@@ -103,6 +105,19 @@ def test_the_fastest_tile_that_is_right_is_taken(script, known: dict[str, dict[s
     found = script.tune(script.Case("some dim=64", own, run), seconds)
     assert found is not None and found[0]["num_stages"] == 2 and found[0]["M"] == 64 and found[1] == 2.0
     assert script.tune(script.Case("some dim=64", own, run), lambda run: 1.0) is None
+
+
+@pytest.mark.parametrize(("capability", "descriptors"), [(80, {0}), (90, {0, 1})])
+def test_ways_of_loading_are_tried_where_the_gpu_has_them(  # type: ignore[no-untyped-def]
+    script, monkeypatch: pytest.MonkeyPatch, capability: int, descriptors: set[int]
+) -> None:
+    monkeypatch.setattr(script, "capability", lambda device: capability)
+    own = paged_prefill.tile(256, 2, 128, tokens=False, capability=90)
+    found = list(script.candidates(own | {"most": 128}))
+    assert {each["TMA"] for each in found} == descriptors and {each["M"] for each in found} == {32, 64, 128}
+    assert {each["num_warps"] for each in found if each["per_sm"] == 2} == {8}  # two of four warps share one anyway
+    assert own.items() >= {"M": 64, "TMA": 0, "per_sm": 1}.items()
+    assert all(any(own[name] != value for name, value in each.items()) for each in found)
 
 
 def test_what_was_not_written_is_wrong(script) -> None:  # type: ignore[no-untyped-def]

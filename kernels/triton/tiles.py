@@ -30,6 +30,13 @@ def programs(items: int, per_sm: int, device: torch.device) -> int:
     return max(1, min(items, int(chip) * per_sm))
 
 
+def register_limit(per_sm: int, warps: int) -> dict[str, int]:
+    """The compiler option that lets so many programs of so many warps share a multiprocessor's 65,536 registers. None
+    for one: the most that a thread can have is the limit then."""
+    each = 2**16 // (32 * warps * per_sm) // 8 * 8
+    return {"maxnreg": each} if per_sm > 1 and each < 255 else {}
+
+
 @triton.jit
 def logits(products, scale, cap, SOFTCAP: tl.constexpr):
     """Products of queries and keys -> logits in base 2."""

@@ -10,12 +10,16 @@ from importlib.resources import files
 import torch
 
 
-def tuned(kernel: str, tile: dict[str, int], device: torch.device, **case: int) -> dict[str, int]:
-    """`tile` with the options that are faster on this device in this case; they never take more rows than it has."""
+def tuned(
+    kernel: str, tile: dict[str, int], device: torch.device, *, most: int | None = None, **case: int
+) -> dict[str, int]:
+    """`tile` with the options that are faster on this device in this case; they never take more rows than `most`, which
+    is what the tile takes where nothing is said."""
     if device.type != "cuda":
         return tile
     faster = tiles_of(torch.cuda.get_device_name(device)).get(name_of(kernel, **case), {})
-    return tile if faster.get("M", 0) > tile.get("M", 0) else {**tile, **faster}
+    most = tile.get("M", 0) if most is None else most
+    return tile if faster.get("M", 0) > most else {**tile, **faster}
 
 
 def name_of(kernel: str, **case: int) -> str:
