@@ -1,7 +1,7 @@
 """Store the new keys, select, attend: the function that transformers' layers call."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -14,7 +14,7 @@ from gossamer.attention.policy import OperatingPoint
 from gossamer.attention.selectors import Dense, Proposal, Selector
 from gossamer.attention.selectors.base import CORRECTION
 from gossamer.attention.step import Step
-from gossamer.kernels.dense_prefill import chunks, dense_prefill, torch_is_faster
+from gossamer.kernels.dense_prefill import Way, chunks, dense_prefill, faster_way
 from gossamer.kernels.dropped_pages import add_dropped_pages
 from gossamer.kernels.layout import BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
@@ -62,9 +62,9 @@ def attend(
                 paged_decode(q, kv, blocks, index, out, lse, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
             else:
                 handed = _handed_over(q, kv, blocks, step.views.unlimited(layer, group), asked, softcap, s_aux)
-                for chunk in handed:
-                    dense_prefill(q, kv, chunk, out, scale=scale)
-                rest, left = _without(blocks, index, handed)
+                for chunk, (way, _tiles) in handed.items():
+                    dense_prefill(q, kv, chunk, out, scale=scale, softcap=softcap or 0.0, way=way)
+                rest, left = _without(blocks, index, [tiles for _way, tiles in handed.values()])
                 paged_prefill(q, kv, rest, left, out, lse, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
             _correct(q, kv, blocks, step, index, asked, out, lse, scale, softcap or 0.0)
             if not q.is_cuda:
@@ -113,9 +113,9 @@ def _handed_over(
     asked: Asked,
     softcap: float | None,
     sinks: Tensor | None,
-) -> dict[BlockRow, list[int]]:
-    """The chunks that read everything and that torch's own kernels attend for faster, with their tiles."""
-    if softcap or sinks is not None:
+) -> dict[BlockRow, tuple[Way, list[int]]]:
+    """The chunks that read everything and that others' kernels attend for faster, whose, and their tiles."""
+    if sinks is not None:
         return {}
     dense: set[int] = set()
     for row, mine in asked.items():
@@ -125,19 +125,17 @@ def _handed_over(
     if not dense:
         return {}
     return {
-        chunk: tiles
+        chunk: (way, tiles)
         for chunk, tiles in chunks(blocks)
-        if unlimited[chunk.seq] and dense.issuperset(tiles) and torch_is_faster(q, kv, chunk)
+        if unlimited[chunk.seq] and dense.issuperset(tiles) and (way := faster_way(q, kv, chunk, softcap or 0.0))
     }
 
 
-def _without(
-    blocks: QueryBlocks, index: SparseIndex, handed: Mapping[BlockRow, list[int]]
-) -> tuple[QueryBlocks, SparseIndex]:
-    """What is left when some chunks are done."""
+def _without(blocks: QueryBlocks, index: SparseIndex, handed: Sequence[list[int]]) -> tuple[QueryBlocks, SparseIndex]:
+    """What is left when the tiles of some chunks are done."""
     if not handed:
         return blocks, index
-    done = {n for tiles in handed.values() for n in tiles}
+    done = {n for tiles in handed for n in tiles}
     left = [n for n in range(len(blocks)) if n not in done]
     return blocks.take(left), index.only(slice(None), left)
 

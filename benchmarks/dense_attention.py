@@ -3,25 +3,27 @@
     python benchmarks/dense_attention.py --lengths 8192 32768 131072 --out benchmarks/results/dense_attention_X.json
 
 A layer of an 8B model: 32 query heads, 8 KV heads of 128, bfloat16. Prefill: a whole prompt, causal. Decode: one query
-for each sequence. "ours" reads pages in random places with an index that names them all; "handed over" copies the pages
-side by side first (kernels/dense_prefill.py); the others are torch's back ends, which find keys and values side by side
-already. Contestants run in turn, on a GPU with an empty cache and between two events; ratios are medians within rounds,
-above 1 where ours is faster. A back end that does not know the shape on this machine is left out.
+for each sequence. "ours" reads pages in random places with an index that names them all; those that a prompt can be
+"handed to" (kernels/dense_prefill.py) copy the pages side by side first, but for FlashAttention-3; the others, torch's
+back ends and flash-attn where it is installed, find keys and values side by side already. Contestants run in turn, on a
+GPU with an empty cache and between two events; ratios are medians within rounds, above 1 where ours is faster. A back
+end that does not know the shape on this machine is left out.
 """
 
 import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gossamer.kernels.dense_prefill import chunks, dense_prefill
+from gossamer.kernels.dense_prefill import chunks, dense_prefill, ways
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.server.bench.clock import Calls, race
 from gossamer.server.bench.layer import Layer, Shape
-from gossamer.server.bench.peers import sdpa, torchs
+from gossamer.server.bench.peers import flash_attns, sdpa, torchs
 from gossamer.server.bench.provenance import provenance, write_report
 
 
@@ -31,12 +33,12 @@ def prefill(layer: Layer) -> Calls:
     q, index = layer.queries(blocks), layer.dense(blocks)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=device)
     ((chunk, _),) = chunks(blocks)
-    calls: Calls = {
-        "ours": lambda: paged_prefill(q, layer.kv, blocks, index, out, lse, scale=scale),
-        "handed over": lambda: dense_prefill(q, layer.kv, chunk, out, scale=scale),
-    }
+    calls: Calls = {"ours": lambda: paged_prefill(q, layer.kv, blocks, index, out, lse, scale=scale)}
+    for way in ways(q, layer.kv):
+        calls[f"handed to {way}"] = partial(dense_prefill, q, layer.kv, chunk, out, scale=scale, way=way)
     side, whole = q.transpose(0, 1)[None], layer.whole
-    return {**calls, **torchs(lambda: sdpa(side, *whole, causal=True), device, print)}
+    calls |= torchs(lambda: sdpa(side, *whole, causal=True), device, print)
+    return calls | flash_attns(side, *whole, causal=True, refused=print)
 
 
 def decode(layer: Layer) -> Calls:
@@ -45,8 +47,9 @@ def decode(layer: Layer) -> Calls:
     q, index = layer.queries(blocks), layer.dense(blocks)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=device)
     calls: Calls = {"ours": lambda: paged_decode(q, layer.kv, blocks, index, out, lse, scale=scale)}
-    whole = layer.whole
-    return {**calls, **torchs(lambda: sdpa(q[:, :, None], *whole, causal=False), device, print)}
+    single, whole = q[:, :, None], layer.whole
+    calls |= torchs(lambda: sdpa(single, *whole, causal=False), device, print)
+    return calls | flash_attns(single, *whole, causal=False, refused=print)
 
 
 def contest(calls: Calls, rounds: int, device: str) -> dict[str, Any]:

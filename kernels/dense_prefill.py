@@ -1,26 +1,53 @@
-"""Dense attention of a prompt's chunk by torch's flash attention, over a copy of its pages side by side.
+"""Dense attention of a prompt's chunk by others' kernels: flash-attn's where it is installed, otherwise torch's.
 
-n queries behind p earlier tokens make n * (p + n) products and copy p + n keys: the copy is little where n is large.
+FlashAttention-3 reads the pages where they are. The others read a copy of them side by side: n queries behind p earlier
+tokens make n * (p + n) products and copy p + n keys, so the copy is little where n is large.
 """
+
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from gossamer.kernels.fp8 import dequantise
+from gossamer.kernels.flash_attention import flash_2, flash_3
 from gossamer.kernels.layout import BlockRow, PagedKV, QueryBlocks
 
 LEAST_QUERIES = 256
 
 
-def torch_is_faster(q: Tensor, kv: PagedKV, chunk: BlockRow) -> bool:
-    """Whether to hand a chunk that reads everything over to `dense_prefill`: on a GPU, where flash attention knows the
-    type and the head size, where the view has all the layer's heads, and where the copy pays.
+class Way(StrEnum):
+    """Whose kernel attends."""
 
-    Not measured yet on a GPU; LEAST_QUERIES is an estimate. A chunk's length, and so the last bits of its result, may
-    depend on what else is in the step, as everywhere in the model on a GPU.
+    TORCH = "torch"
+    FLASH_2 = "flash-attn 2"
+    FLASH_3 = "flash-attn 3"
+
+
+def faster_way(q: Tensor, kv: PagedKV, chunk: BlockRow, softcap: float = 0.0) -> Way | None:
+    """To whom `dense_prefill` should hand over a chunk that reads everything; None: our own kernel keeps it. Others get
+    it on a GPU, where they know the type and the head size, where the view has all the layer's heads, and where a copy
+    pays: FlashAttention-3 on Hopper, then FlashAttention-2, then torch, which knows no softcap.
+
+    Not measured yet on a GPU: the order is that of published numbers, and LEAST_QUERIES is an estimate. A chunk's
+    length, and so the last bits of its result, may depend on what else is in the step, as everywhere in the model on a
+    GPU.
     """
     known = q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
-    return q.is_cuda and known and kv.heads.numel() * kv.ratio == q.shape[1] and chunk.count >= LEAST_QUERIES
+    whole = kv.heads.numel() * kv.ratio == q.shape[1]
+    if not (q.is_cuda and known and whole and chunk.count >= LEAST_QUERIES):
+        return None
+    return next((way for way in ways(q, kv) if way is not Way.TORCH or not softcap), None)
+
+
+def ways(q: Tensor, kv: PagedKV) -> list[Way]:
+    """Those that are there on this device, the fastest first."""
+    found = [Way.TORCH]
+    if q.is_cuda and flash_2() is not None:
+        found.insert(0, Way.FLASH_2)
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    if hopper and kv.k.dtype == q.dtype and flash_3() is not None:
+        found.insert(0, Way.FLASH_3)
+    return found
 
 
 def chunks(blocks: QueryBlocks) -> list[tuple[BlockRow, list[int]]]:
@@ -36,21 +63,31 @@ def chunks(blocks: QueryBlocks) -> list[tuple[BlockRow, list[int]]]:
     return found
 
 
-def dense_prefill(q: Tensor, kv: PagedKV, chunk: BlockRow, out: Tensor, *, scale: float) -> None:
+def dense_prefill(
+    q: Tensor,
+    kv: PagedKV,
+    chunk: BlockRow,
+    out: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    way: Way = Way.TORCH,
+) -> None:
     """The chunk's queries attend to every key before them and their own, through all heads of the layer, in order.
 
-    q, out [T, H, D]. As paged_prefill with everything selected and no window, softcap or sink; no log-sum-exp.
+    q, out [T, H, D]. As paged_prefill with everything selected and no window or sink, and with Way.TORCH no softcap; no
+    log-sum-exp. `way` is one of `ways`.
     """
     length, own = chunk.pos + chunk.count, slice(chunk.token, chunk.token + chunk.count)
     physical = kv.table[chunk.seq, : -(-length // kv.page_size)]
-    if kv.scale is None:
-        k, v = (pool.index_select(1, physical) for pool in (kv.k, kv.v))
-    else:
-        k, v = (
-            dequantise(pool.view(torch.uint8).index_select(1, physical), scale.index_select(1, physical), q.dtype)
-            for pool, scale in zip((kv.k, kv.v), kv.scale, strict=True)
-        )
-    k, v = (copy.flatten(1, 2)[None, :, :length] for copy in (k, v))
+    if way is Way.FLASH_3:
+        _in_place(q[own], kv, physical, length, out[own], scale, softcap)
+        return
+    k, v = (pool.index_select(1, physical).flatten(1, 2)[None, :, :length] for pool in (kv.k, kv.v))
+    if way is Way.FLASH_2:
+        _side_by_side(q[own], k[0], v[0], out[own], scale, softcap)
+        return
+    assert not softcap
     side = q[own].transpose(0, 1)[None]
     if q.is_cuda:
         # The public function would read is_causal from the first key on, not to the last, and ask cuDNN, which builds
@@ -62,3 +99,29 @@ def dense_prefill(q: Tensor, kv: PagedKV, chunk: BlockRow, out: Tensor, *, scale
             side, k, v, attn_mask=key <= query, scale=scale, enable_gqa=True
         )
     out[own] = found[0].transpose(0, 1)
+
+
+def _in_place(q: Tensor, kv: PagedKV, physical: Tensor, length: int, out: Tensor, scale: float, softcap: float) -> None:
+    """q, out [n, H, D]; the last query is that of the last of `length` tokens, as flash-attn's causal mask has it."""
+    attention = flash_3()
+    assert attention is not None
+    k, v = (pool.permute(1, 2, 0, 3) for pool in (kv.k, kv.v))
+    lengths = torch.full((1,), length, dtype=torch.int32, device=q.device)
+    found = attention(
+        q[None], k, v, cache_seqlens=lengths, page_table=physical[None],
+        softmax_scale=scale, causal=True, softcap=softcap,
+    )  # fmt: skip
+    out.copy_(found[0])
+
+
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, softcap: float) -> None:
+    """q, out [n, H, D]; k, v [G, length, D]; otherwise as `_in_place`."""
+    attention = flash_2()
+    assert attention is not None
+    queries, length = q.shape[0], k.shape[1]
+    ends = torch.arange(2, dtype=torch.int32, device=q.device)  # of no sequence and of one
+    found = attention(
+        q, k.transpose(0, 1), v.transpose(0, 1), ends * queries, ends * length, queries, length,
+        softmax_scale=scale, causal=True, softcap=softcap,
+    )  # fmt: skip
+    out.copy_(found)

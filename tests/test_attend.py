@@ -13,6 +13,7 @@ from torch import Tensor
 from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
 from gossamer.attention.selectors import BlockSparse, Budget, Dense, Proposal, Selector, SinkRecent
 from gossamer.attention.step import TILE_ROWS
+from gossamer.kernels.dense_prefill import Way
 from gossamer.kernels.layout import PAGE_SIZE, BlockRow, PagedKV, QueryBlocks
 from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
@@ -160,16 +161,16 @@ def test_chunks_that_read_everything_may_be_handed_over(chunk: int, monkeypatch:
     """Those of sequences with dense heads alone; their neighbours, and generated tokens, stay with our kernels."""
     handed: list[BlockRow] = []
 
-    def torch_is_faster(q: Tensor, kv: PagedKV, chunk: BlockRow) -> bool:
+    def faster_way(q: Tensor, kv: PagedKV, chunk: BlockRow, softcap: float) -> Way:
         handed.append(chunk)
-        return True
+        return Way.TORCH
 
     def paged(q: Tensor, kv: PagedKV, blocks: QueryBlocks, *rest: Any, **options: Any) -> None:
         own.append(sum(row.count for row in blocks.rows))
         paged_prefill(q, kv, blocks, *rest, **options)
 
     own: list[int] = []
-    monkeypatch.setattr("gossamer.attention.attend.torch_is_faster", torch_is_faster)
+    monkeypatch.setattr("gossamer.attention.attend.faster_way", faster_way)
     monkeypatch.setattr("gossamer.attention.attend.paged_prefill", paged)
     later = HeadPolicy(Multiples(7, above=256), Dense(), KeepAll())
     points = (
@@ -187,15 +188,19 @@ def test_chunks_that_read_everything_may_be_handed_over(chunk: int, monkeypatch:
     assert sum(row.count for row in handed) == 290 + 60 + 110 and sum(own) == 190
 
 
-def test_windows_softcaps_and_sinks_are_never_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    def torch_is_faster(q: Tensor, kv: PagedKV, chunk: BlockRow) -> bool:
-        raise AssertionError("not to be asked")
+def test_windows_and_sinks_are_never_handed_over_and_softcaps_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    softcaps: list[float] = []
 
-    monkeypatch.setattr("gossamer.attention.attend.torch_is_faster", torch_is_faster)
+    def faster_way(q: Tensor, kv: PagedKV, chunk: BlockRow, softcap: float) -> None:
+        softcaps.append(softcap)
+
+    monkeypatch.setattr("gossamer.attention.attend.faster_way", faster_way)
     streaming, dense = (AttentionPolicy("p", (uniform("all", *[head] * KV_HEADS),)) for head in (STREAMING, DENSE))
     run(streaming, [Life(200, 200, streaming.points[0], 1)], lambda: 1000)
-    run(dense, [Life(200, 200, dense.points[0], 1)], lambda: 1000, softcap=3.0)
     run(dense, [Life(200, 200, dense.points[0], 1)], lambda: 1000, s_aux=torch.zeros(KV_HEADS * RATIO))
+    assert not softcaps
+    run(dense, [Life(200, 200, dense.points[0], 1)], lambda: 1000, softcap=3.0)
+    assert set(softcaps) == {3.0}
 
 
 @pytest.mark.parametrize("chunk", [1000, 50])

@@ -5,7 +5,7 @@ import torch
 from kernel_cases import Case, check, make_case, reference
 
 from gossamer.kernels.compact import compact, compact_tokens, compact_tokens_torch, compact_torch
-from gossamer.kernels.dense_prefill import chunks, dense_prefill, torch_is_faster
+from gossamer.kernels.dense_prefill import Way, chunks, dense_prefill, faster_way, ways
 from gossamer.kernels.layout import UNLIMITED, PagedKV
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
@@ -72,16 +72,20 @@ def test_pages_through_descriptors(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("ratio", [1, 4])
-def test_torch_takes_chunks_that_read_everything(dtype: torch.dtype, dim: int, ratio: int) -> None:
+@pytest.mark.parametrize("way", Way)
+def test_others_take_chunks_that_read_everything(dtype: torch.dtype, dim: int, ratio: int, way: Way) -> None:
     spans = [(0, 300), (1000, 512), (63, 257)]
     case = make_case(spans, dim=dim, ratio=ratio, dtype=dtype).to("cuda")
+    if way not in ways(case.q, case.kv):
+        pytest.skip(f"{way} is not installed, or not for this GPU")
     out, lse = case.blank()
-    paged_prefill(case.q, case.kv, case.blocks, case.index, out, lse, scale=case.scale)
-    out.fill_(float("nan"))  # only its log-sum-exp was wanted
-    for chunk, tiles in chunks(case.blocks):
-        assert torch_is_faster(case.q, case.kv, chunk) and chunk.count == spans[chunk.seq][1] and tiles
-        dense_prefill(case.q, case.kv, chunk, out, scale=case.scale)
-    check(out, lse, reference(case), dtype)
+    for softcap in (0.0, 4.0) if way is not Way.TORCH else (0.0,):
+        paged_prefill(case.q, case.kv, case.blocks, case.index, out, lse, scale=case.scale, softcap=softcap)
+        out.fill_(float("nan"))  # only its log-sum-exp was wanted
+        for chunk, tiles in chunks(case.blocks):
+            assert faster_way(case.q, case.kv, chunk) and chunk.count == spans[chunk.seq][1] and tiles
+            dense_prefill(case.q, case.kv, chunk, out, scale=case.scale, softcap=softcap, way=way)
+        check(out, lse, reference(case, softcap), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,7 +14,7 @@ from gossamer.kernels import page_summaries
 from gossamer.kernels.antidiagonal import antidiagonal_mass
 from gossamer.kernels.choose import choose_count, choose_mass, choose_tokens
 from gossamer.kernels.compact import compact
-from gossamer.kernels.dense_prefill import chunks, dense_prefill
+from gossamer.kernels.dense_prefill import chunks, dense_prefill, ways
 from gossamer.kernels.dropped_pages import add_dropped_pages
 from gossamer.kernels.layout import PAGE_SIZE, QueryBlocks
 from gossamer.kernels.paged_decode import paged_decode
@@ -26,7 +26,7 @@ from gossamer.kernels.store import store
 from gossamer.kvcache.summaries import KeyBounds
 from gossamer.server.bench import work
 from gossamer.server.bench.layer import Layer
-from gossamer.server.bench.peers import sdpa, torchs
+from gossamer.server.bench.peers import flash_attns, sdpa, torchs
 from gossamer.server.bench.work import Work
 
 DENSE = "attention, dense"
@@ -79,15 +79,18 @@ class Contest:
         return found
 
     def peers(self, refused: Callable[[str], None]) -> list[Contestant]:
-        """torch's attention, over keys and values side by side."""
+        """Those to whom prompts can be handed over, and others' attention over keys and values side by side."""
         prompts, whole = self.blocks.size > 1, self.layer.whole
         q = self.q.view(self.layer.batch, -1, *self.q.shape[1:]).transpose(1, 2)
         calls: dict[str, Callable[[], object]] = {}
         if prompts and self.shape.device != "cpu":
             ((chunk, _),) = chunks(self.blocks)
-            calls["handed to torch"] = partial(dense_prefill, self.q, self.kv, chunk, self.out, scale=self.scale)
+            for way in ways(self.q, self.kv):
+                handed = partial(dense_prefill, self.q, self.kv, chunk, self.out, scale=self.scale, way=way)
+                calls[f"handed to {way}"] = handed
         for name, call in torchs(partial(sdpa, q, *whole, causal=prompts), self.shape.device, refused).items():
             calls[name if name == "torch" else f"torch {name}"] = call
+        calls |= flash_attns(q, *whole, causal=prompts, refused=refused)
         least = self.least.attention(self.least.dense_pairs, 0)
         return [Contestant(f"attention, {name}", call, least, 1.0) for name, call in calls.items()]
 

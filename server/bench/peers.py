@@ -1,10 +1,13 @@
-"""torch's own attention, which finds keys and values side by side already."""
+"""Others' attention, which finds keys and values side by side already: torch's, and flash-attn's where installed."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gossamer.kernels.flash_attention import side_by_side
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -25,6 +28,25 @@ def torchs(call: Callable[[], Tensor], device: str, refused: Callable[[str], Non
             with sdpa_kernel(backend):
                 return call()
 
+        try:
+            run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as reason:
+            refused(f"{name} does not take it: {str(reason).splitlines()[0]}")
+        else:
+            calls[name] = run
+    return calls
+
+
+def flash_attns(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, refused: Callable[[str], None]
+) -> dict[str, Callable[[], Tensor]]:
+    """As sdpa, with the scale that is usual, under each flash-attn package that is installed and takes it."""
+    across = [x.transpose(1, 2) for x in (q, k, v)]
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for name, attention in side_by_side().items() if q.is_cuda else ():
+        run = partial(attention, *across, causal=causal)
         try:
             run()
         except torch.OutOfMemoryError:
