@@ -185,14 +185,14 @@ def _attention(own: Setting) -> Iterator[Case]:
         return own.case(name, lambda: form.launch(*own.read, own.index(tokens), *own.written, **options))
 
     yield attend("")
-    if own.usual and own.type != "fp32" and not own.decode:
-        yield from _by_descriptors(own, attend)
     if own.usual and own.type == "bf16":
         yield attend("tokens", tokens=True)
         yield attend("softcap sinks", softcap=30.0, sinks=True)
     if own.usual and own.dim == 128:
         yield attend("softcap", softcap=30.0)
         yield attend("tokens softcap sinks", tokens=True, softcap=30.0, sinks=True)
+    if own.usual and own.type != "fp32" and not own.decode:
+        yield from _by_descriptors(own, attend)
     yield own.case("", lambda: store.launch(own.q, own.q, own.kv, own.blocks))
 
 
@@ -203,8 +203,8 @@ def _by_descriptors(own: Setting, attend: Callable[..., Case]) -> Iterator[Case]
     def by_descriptors(name: str, more: dict[str, int], **options: bool | float) -> Case:
         variant, call = attend(f"{name} descriptors".strip(), **options)
 
-        def tuned(kernel: str, tile: dict[str, int], *_: object, **__: object) -> dict[str, int]:
-            return {**tile, "TMA": 1} | more
+        def tuned(kernel: str, tile: dict[str, int], device: torch.device, **_: object) -> dict[str, int]:
+            return {**tile, "TMA": 1} | more if paged_prefill.capability(device) >= 90 else tile
 
         def asked() -> None:
             with patch.object(paged_prefill, "tuned", tuned):

@@ -44,10 +44,13 @@ def ways(q: Tensor, kv: PagedKV) -> list[Way]:
     found = [Way.TORCH]
     if q.is_cuda and flash_2() is not None:
         found.insert(0, Way.FLASH_2)
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-    if hopper and kv.k.dtype == q.dtype and flash_3() is not None:
+    if q.is_cuda and kv.k.dtype == q.dtype and flash_3() is not None and _hopper(q.device):
         found.insert(0, Way.FLASH_3)
     return found
+
+
+def _hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def chunks(blocks: QueryBlocks) -> list[tuple[BlockRow, list[int]]]:

@@ -49,12 +49,10 @@ def check_attention(dtype: torch.dtype, tile: int, dim: int, ratio: int, *, fp8:
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="older GPUs have no copy engine"
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("options", [{}, {"per_sm": 2}, {"M": 128}])
-def test_pages_through_descriptors(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int, options: dict[str, int]
-) -> None:
+def test_pages_through_descriptors(monkeypatch: pytest.MonkeyPatch, dim: int, options: dict[str, int]) -> None:
+    dtype = torch.bfloat16
     form = pytest.importorskip("gossamer.kernels.triton.paged_prefill")
     monkeypatch.setattr(form, "tuned", lambda kernel, tile, device, **case: {**tile, "TMA": 1} | options)
     for density, tokens, windows in ((1.0, 0, ()), (0.4, 70, WINDOWS)):
