@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -137,6 +138,17 @@ def attended(kernel: Callable[..., None], given: Inputs, asked: Queries, options
     return out, lse
 
 
+def by_descriptors(given: Inputs) -> Results:
+    """Whole pages through tensor descriptors, on a GPU that has them; single tokens beside them as ever."""
+    if not given.kv.k.is_cuda:
+        return attended(paged_prefill, given, given.prompts, True)
+    from gossamer.kernels.triton import paged_prefill as form
+
+    plain = form.tuned
+    with patch.object(form, "tuned", lambda *asked, **case: {**plain(*asked, **case), "TMA": 1}):
+        return attended(paged_prefill, given, given.prompts, True)
+
+
 def corrected(given: Inputs) -> Results:
     asked = given.prompts
     out, lse = attended(paged_prefill, given, asked, False)
@@ -221,6 +233,7 @@ def cases(dim: int) -> dict[str, Callable[[Inputs], Results]]:
     return of_fp8 | {
         "paged_prefill": lambda x: attended(paged_prefill, x, x.prompts, False),
         "paged_prefill_with_options": lambda x: attended(paged_prefill, x, x.prompts, True),
+        "paged_prefill_by_descriptors": by_descriptors,
         "paged_decode": lambda x: attended(paged_decode, x, x.tokens, False),
         "paged_decode_with_options": lambda x: attended(paged_decode, x, x.tokens, True),
         "dense_prefill": handed_over,
