@@ -36,12 +36,12 @@ def load_page(
     pages, ptr, head, physical, page_stride, row_stride, there,
     ROWS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows [PAGE, WIDE] of a head's physical page, by its descriptor `pages` when TMA, otherwise from `ptr`, where the
-    head begins; zero where not `there` [PAGE] (when ROWS) and behind DIM."""
+    """Rows [PAGE, WIDE] of a head's page `physical` (int64), by the descriptor `pages` when TMA, otherwise from `ptr`,
+    where the head begins; zero where not `there` [PAGE] (when ROWS) and behind DIM."""
     if TMA:
-        rows = pages.load([head, physical, 0, 0]).reshape(PAGE, WIDE)
+        rows = pages.load([head, physical.to(tl.int32), 0, 0]).reshape(PAGE, WIDE)
         if ROWS:
             rows = tl.where(there[:, None], rows, 0.0)
         return rows
     at = tl.arange(0, PAGE) * row_stride
-    return load_rows(ptr + physical.to(tl.int64) * page_stride, at, there, ROWS, DIM, WIDE)
+    return load_rows(ptr + physical * page_stride, at, there, ROWS, DIM, WIDE)

@@ -134,13 +134,13 @@ def _paged_prefill(
     cut = tl.load(run) * PAGE <= pos + queries - 1 - window
     clear = tl.where(cut, 0, tl.maximum(count - own, 0))
     for i in range(0, clear):
-        physical = tl.load(table_ptr + tl.load(run + i))
+        physical = tl.load(table_ptr + tl.load(run + i)).to(tl.int64)
         k = load_page(k_pages, k_ptr, g, physical, k_p, k_s, real, False, PAGE, DIM, WIDE, TMA)
         v = load_page(v_pages, v_ptr, g, physical, v_p, v_s, real, False, PAGE, DIM, WIDE, TMA)
         best, total, acc = add_keys(q, k, v, best, total, acc, real[:, None], scale, cap, False, SOFTCAP)
     for i in range(clear, count):
         page = tl.load(run + i)
-        physical = tl.load(table_ptr + page)
+        physical = tl.load(table_ptr + page).to(tl.int64)
         key = page * PAGE + s
         # Of keys that nobody sees no score counts, whatever they are; values, even times zero, have to be numbers.
         k = load_page(k_pages, k_ptr, g, physical, k_p, k_s, key < length, not TMA, PAGE, DIM, WIDE, TMA)
