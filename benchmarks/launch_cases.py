@@ -191,7 +191,7 @@ def _attention(own: Setting) -> Iterator[Case]:
     if own.usual and own.dim == 128:
         yield attend("softcap", softcap=30.0)
         yield attend("tokens softcap sinks", tokens=True, softcap=30.0, sinks=True)
-    if own.usual and own.type != "fp32" and not own.decode:
+    if own.usual and own.type != "fp32" and not own.fp8 and not own.decode:
         yield from _by_descriptors(own, attend)
     yield own.case("", lambda: store.launch(own.q, own.q, own.kv, own.blocks))
 

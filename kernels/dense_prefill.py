@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.flash_attention import flash_2, flash_3
+from gossamer.kernels.fp8 import dequantise
 from gossamer.kernels.layout import BlockRow, PagedKV, QueryBlocks
 
 LEAST_QUERIES = 256
@@ -86,7 +87,14 @@ def dense_prefill(
     if way is Way.FLASH_3:
         _in_place(q[own], kv, physical, length, out[own], scale, softcap)
         return
-    k, v = (pool.index_select(1, physical).flatten(1, 2)[None, :, :length] for pool in (kv.k, kv.v))
+    if kv.scale is None:
+        k, v = (pool.index_select(1, physical) for pool in (kv.k, kv.v))
+    else:
+        k, v = (
+            dequantise(pool.view(torch.uint8).index_select(1, physical), scale.index_select(1, physical), q.dtype)
+            for pool, scale in zip((kv.k, kv.v), kv.scale, strict=True)
+        )
+    k, v = (copy.flatten(1, 2)[None, :, :length] for copy in (k, v))
     if way is Way.FLASH_2:
         _side_by_side(q[own], k[0], v[0], out[own], scale, softcap)
         return

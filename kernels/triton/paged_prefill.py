@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.triton.fp8 import add_fp8_keys, stored
 from gossamer.kernels.triton.page_loads import descriptors_fit, load_page, page_descriptors
 from gossamer.kernels.triton.tiles import (
     LN_2,
@@ -22,7 +23,7 @@ from gossamer.kernels.triton.tiles import (
 from gossamer.kernels.triton.tuned import tuned
 
 
-def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int) -> dict[str, int]:
+def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int, fp8: bool = False) -> dict[str, int]:
     """Rows per program, how pages are loaded, how many programs should share a multiprocessor, and compiler options,
     for `rows` packed rows and a GPU's compute capability (80, 90, ...).
 
@@ -60,8 +61,8 @@ def launch(
     """As gossamer.kernels.paged_prefill.paged_prefill."""
     dim, rows = q.shape[2], blocks.size * kv.ratio
     tokens = index.tokens is not None
-    item = kv.k.element_size()
-    options = tile(dim, item, rows, tokens=tokens, capability=capability(q.device))
+    own, item = stored(q, kv), kv.k.element_size()
+    options = tile(dim, own.itemsize, rows, tokens=tokens, capability=capability(q.device), fp8=own.form > 0)
     most = max(16, triton.next_power_of_2(rows))
     options = tuned("paged_prefill", options, q.device, most=most, dim=dim, bytes=item, tokens=tokens)
     if options["TMA"] and not descriptors_fit(kv, capability(q.device)):
@@ -74,7 +75,7 @@ def launch(
     )
     token_stride = index.token_start.stride(0) if index.token_start is not None else 0
     _paged_prefill[(len(blocks) * parts * groups,)](
-        q, kv.k, kv.v, *pages, out, lse, index.start if sinks is None else sinks,
+        q, own.k, own.v, own.scale, *pages, out, lse, index.start if sinks is None else sinks,
         kv.table, kv.length, kv.heads, kv.sink, kv.window,
         blocks.seq, blocks.token, blocks.pos, blocks.count,
         index.start, index.count, index.pages,
@@ -90,7 +91,7 @@ def launch(
 
 @triton.jit(do_not_specialize=VARYING)
 def _paged_prefill(
-    q_ptr, k_ptr, v_ptr, k_pages, v_pages, out_ptr, lse_ptr, sinks_ptr,
+    q_ptr, k_ptr, v_ptr, scales_ptr, k_pages, v_pages, out_ptr, lse_ptr, sinks_ptr,
     table_ptr, length_ptr, heads_ptr, sink_ptr, window_ptr,
     seq_ptr, token_ptr, pos_ptr, queries_ptr,
     start_ptr, count_ptr, pages_ptr, token_start_ptr, token_count_ptr, tokens_ptr,
@@ -98,7 +99,7 @@ def _paged_prefill(
     table_b, rule_b, index_g, token_g,
     scale, cap, ratio, groups, parts,
     M: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
-    TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, TMA: tl.constexpr,
+    TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     # Later blocks read more: they start first, of all heads, so that the last program to start has little to do.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -137,7 +138,13 @@ def _paged_prefill(
         physical = tl.load(table_ptr + tl.load(run + i)).to(tl.int64)
         k = load_page(k_pages, k_ptr, g, physical, k_p, k_s, real, False, PAGE, DIM, WIDE, TMA)
         v = load_page(v_pages, v_ptr, g, physical, v_p, v_s, real, False, PAGE, DIM, WIDE, TMA)
-        best, total, acc = add_keys(q, k, v, best, total, acc, real[:, None], scale, cap, False, SOFTCAP)
+        if FP8:
+            scales = scales_ptr + physical * scales_p + s
+            best, total, acc = add_fp8_keys(
+                q, k, v, scales, scales_v, real, best, total, acc, real[:, None], scale, cap, False, SOFTCAP, FP8
+            )
+        else:
+            best, total, acc = add_keys(q, k, v, best, total, acc, real[:, None], scale, cap, False, SOFTCAP)
     for i in range(clear, count):
         page = tl.load(run + i)
         physical = tl.load(table_ptr + page).to(tl.int64)
