@@ -1,5 +1,6 @@
 """Policies by name: those that come with Gossamer, and files of one's own."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,6 +11,19 @@ def packaged_policies() -> dict[str, Path]:
     """The files of the packaged policies, by name, in the order of the names."""
     folder = Path(str(files("gossamer") / "configs" / "policies"))
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def packaged_for(model: str) -> Path | None:
+    """The packaged policy that is named like a model's directory or its id on the Hugging Face Hub; capitals, signs and
+    the Meta of Llama's older names apart."""
+    name, packaged = Path(model).name, packaged_policies()
+    alike = (path for other, path in packaged.items() if spelled(other) == spelled(name))
+    return packaged.get(name) or next(alike, None)
+
+
+def spelled(name: str) -> str:
+    """The letters and digits of a model's name, by which two spellings of it are equal."""
+    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("meta")
 
 
 def find_policy_file(asked: str) -> Path:

@@ -16,6 +16,7 @@ from gossamer.attention.selectors import SinkRecent
 from gossamer.kvcache.retention import KeepSinkRecent
 
 VERSION = 1
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MOST_BYTES = 16 * 2**20
 
 
@@ -50,18 +51,29 @@ class ModelEntry(Strict):
     head_dim: int | None = None
 
 
+class SourceFile(Strict):
+    """A file that an imported policy was made from."""
+
+    name: str  # without its folder
+    format: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    origin: str = ""  # who published it, at which commit, under which licence
+
+
 class Provenance(Strict):
     """Where the numbers come from."""
 
     source: str  # "written by hand", "profiled", "imported"
     note: str = ""
+    files: tuple[SourceFile, ...] = Field(default=(), max_length=16, strict=False)
+    approximations: tuple[str, ...] = Field(default=(), max_length=64, strict=False)  # what was not taken as it stands
 
 
 class PolicyFile(Strict):
     """A whole file. The first operating point is the default."""
 
     gossamer_policy: Literal[1]
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME)
     model: ModelEntry
     provenance: Provenance
     points: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,31}$")], PointEntry] = Field(

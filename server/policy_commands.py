@@ -1,4 +1,4 @@
-"""`gossamer policy`: look at a policy file, check it against a model, compare two. No weights are read."""
+"""`gossamer policy`: look at a policy file, check it against a model, compare two, import one. No weights are read."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,6 +10,7 @@ from gossamer.server.config import ServerConfig, parse_tokens
 from gossamer.server.exits import fail
 
 if TYPE_CHECKING:
+    from gossamer.attention.importers.target import Target
     from gossamer.attention.policy_diff import Change, PolicyDifference
     from gossamer.attention.policy_view import LoadedPolicy
 
@@ -17,7 +18,7 @@ LONGEST = 2**30  # tokens; as far as a policy file can name them
 
 policy = typer.Typer(
     name="policy",
-    help="Look at a policy file, check it against a model, compare two.",
+    help="Look at a policy file, check it against a model, compare two, import others' profiles.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -112,6 +113,127 @@ def diff(
     raise typer.Exit(1)
 
 
+@policy.command(name="import")
+def import_(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A published profile, or its folder.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The policy file to write, NAME.yaml.")],
+    kind: Annotated[
+        str | None, typer.Option("--format", metavar="F", help="What FILE is, when its contents should not decide.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="A Hugging Face directory or id, or a published model's name."),
+    ] = None,
+    decode: Annotated[
+        Path | None,
+        typer.Option("--decode", metavar="FILE", help="What generated tokens read, and who streams, from this file."),
+    ] = None,
+    decode_kind: Annotated[str | None, typer.Option("--decode-format", metavar="F", help="What that file is.")] = None,
+    streaming_share: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="DuoAttention, LServe: of the heads; 0.5 when left out.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="DuoAttention, LServe: chooses among equal weights; 0 when left out."),
+    ] = None,
+    sink: Annotated[int | None, typer.Option(metavar="TOKENS", help="First tokens of streaming heads.")] = None,
+    recent: Annotated[int | None, typer.Option(metavar="TOKENS", help="Last tokens of streaming heads.")] = None,
+    prompt_recent: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="The same in prompts; as many, or LServe's 8192.")
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(metavar="window|all", help="Whether streaming heads give memory back, in prompts too."),
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="DoubleSparse, gates, LServe: tokens to read.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(metavar="WEIGHT", help="Gates: the least weight of a page, in place of a budget.")
+    ] = None,
+    channels: Annotated[int | None, typer.Option(metavar="N", help="DoubleSparse: 16 when left out.")] = None,
+    dense_layers: Annotated[
+        int | None, typer.Option(metavar="N", help="DoubleSparse: dense first layers; 2 when left out.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(metavar="N", help="XAttention: which of its lists.")] = None,
+    length: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="sparse_attention_config: where thresholds are taken.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="sparse_attention_config: the target, if not the file's.")
+    ] = None,
+    above: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Queries before this position stay dense.")
+    ] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Who published each file, for the provenance: a repository and commit."),
+    ] = None,
+    other_model: Annotated[
+        bool, typer.Option("--other-model", help="Use a profile that was published for another model.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False,
+) -> None:
+    """Turn a published profile into a policy file, whose default point stays dense: the profile is `imported`."""
+    from gossamer.attention.importers.foreign import ImportRefused
+    from gossamer.attention.importers.importing import Asked, Order, import_policy
+    from gossamer.attention.importers.source import Options
+    from gossamer.server.engine.families import StartupError
+    from gossamer.server.import_text import import_text
+
+    if decode_kind is not None and decode is None:
+        fail("--decode-format says what --decode is; give --decode too, or leave it out.", code=2)
+    asked = (Asked(file, kind), *(() if decode is None else (Asked(decode, decode_kind),)))
+    if len(origin or ()) > len(asked):
+        fail("--origin is given more often than there are files; give it once for each.", code=2)
+    try:
+        options = Options(
+            streaming_share=streaming_share,
+            seed=seed,
+            sink=sink,
+            recent=recent,
+            prompt_recent=prompt_recent,
+            budget=budget,
+            threshold=threshold,
+            channels=channels,
+            stride=stride,
+            above=None if above is None else _tokens(above, "--above", least=0),
+            dense_layers=dense_layers,
+            length=None if length is None else _tokens(length),
+            sparsity=sparsity,
+            keep=keep,
+        )
+        written = import_policy(
+            Order(asked, out, model, options, other_model, tuple(origin or ()), force), _declared_target
+        )
+    except (ImportRefused, StartupError) as error:
+        fail(str(error), code=1)
+    typer.echo(import_text(written, out))
+
+
+def _declared_target(model: str) -> "Target":
+    """What a model's config.json says of it."""
+    from gossamer.attention.importers.target import Target
+    from gossamer.server.engine.declared import declared_rotary, declared_shape, full_layers
+    from gossamer.server.engine.model import load_config
+
+    config = load_config(ServerConfig(model=model).model_path, None)
+    shape = declared_shape(config)
+    name = Path(model).resolve().name if Path(model).exists() else model.rstrip("/").rsplit("/", 1)[-1]
+    return Target(
+        name,
+        shape.model_type,
+        shape.layers,
+        shape.kv_heads,
+        shape.query_heads,
+        shape.head_dim,
+        full_layers(config),
+        declared_rotary(config),
+    )
+
+
 def _print_difference(found: "PolicyDifference", a: str, b: str) -> None:
     typer.echo(f"{a} -> {b}")
     _print_changes(found.general, "")
@@ -151,13 +273,13 @@ def _load(asked: str, *, code: int) -> "LoadedPolicy":
         fail(str(error), code=code)
 
 
-def _tokens(text: str) -> int:
+def _tokens(text: str, flag: str = "--length", least: int = 1) -> int:
     try:
         tokens = parse_tokens(text)
     except ValueError as error:
-        fail(f"--length is {text!r}: {error}.", code=2)
-    if not 1 <= tokens <= LONGEST:
-        fail(f"--length is {text!r}: give a number of tokens from 1 to {LONGEST}.", code=2)
+        fail(f"{flag} is {text!r}: {error}.", code=2)
+    if not least <= tokens <= LONGEST:
+        fail(f"{flag} is {text!r}: give a number of tokens from {least} to {LONGEST}.", code=2)
     return tokens
 
 

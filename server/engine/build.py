@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from gossamer.attention.artefacts import Artefacts
-from gossamer.attention.packaged import find_policy_file, packaged_policies
+from gossamer.attention.packaged import find_policy_file, packaged_for
 from gossamer.attention.policy import AttentionPolicy, dense_policy, within_windows
 from gossamer.attention.policy_file import PolicyError, check_model, load_policy_file
 from gossamer.kernels.dense_prefill import LEAST_QUERIES
@@ -218,6 +217,9 @@ def attention_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
             raise StartupError(
                 f"The policy {policy.name!r} has no operating point {point!r}; it has: {', '.join(policy.names)}."
             )
+    if config.attention_allow_points:  # what nobody can choose needs no memory
+        served = (config.attention_point or policy.names[0], *config.attention_allow_points)
+        policy = AttentionPolicy(policy.name, tuple(point for point in policy.points if point.name in served))
     return policy
 
 
@@ -227,7 +229,7 @@ def _find_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
     if asked == "dense":
         return dense
     try:
-        file = packaged_policies().get(Path(config.model_path).name) if asked is None else find_policy_file(asked)
+        file = packaged_for(config.model_path) if asked is None else find_policy_file(asked)
         if file is None:
             return dense
         entry = load_policy_file(file)

@@ -1,10 +1,15 @@
 """The heads of a model as its config.json declares them, for commands that read no weights. The server itself asks the
 loaded layers (`gossamer.server.engine.model`)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from gossamer.kvcache.summaries import Rotary
 from gossamer.server.engine.families import StartupError
 
 
@@ -36,3 +41,29 @@ def _number(config: PreTrainedConfig, name: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise StartupError(f"config.json gives {value!r} as its {name}, not a number of at least 1; copy it again.")
     return value
+
+
+def declared_rotary(config: PreTrainedConfig) -> Rotary | None:
+    """How the model turns its keys, None where its layers turn them differently. RoPE that chooses its frequencies by
+    length is that of the longest sequence, as when the whole length is served."""
+    parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in parameters.values() if isinstance(each, Mapping)]
+    if not parameters or any(each != kinds[0] for each in kinds):
+        return None
+    kind = str((kinds[0] if kinds else parameters).get("rope_type", "default"))
+    if kind == "default":
+        rope = kinds[0] if kinds else parameters
+        share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+        turned = int(declared_shape(config).head_dim * share)
+        return Rotary(float(rope["rope_theta"]) ** -(torch.arange(0, turned, 2).float() / turned))
+    if kinds:
+        return None
+    longest = int(getattr(config, "max_position_embeddings", 0)) or None
+    frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), longest)
+    return Rotary(frequencies.float(), float(scaling))
+
+
+def full_layers(config: PreTrainedConfig) -> tuple[int, ...] | None:
+    """The layers without a sliding window of their own; None where the config does not tell layers apart."""
+    kinds = getattr(config, "layer_types", None)
+    return None if not kinds else tuple(n for n, kind in enumerate(kinds) if kind == "full_attention")
