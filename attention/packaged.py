@@ -27,14 +27,15 @@ def spelled(name: str) -> str:
 
 
 def find_policy_file(asked: str) -> Path:
-    """The policy file at a path, or the packaged one of that name. Raises PolicyError."""
+    """The policy file at a path, or the packaged one of that name, as `packaged_for` compares names. Raises
+    PolicyError."""
     if Path(asked).is_file():
         return Path(asked)
-    packaged = packaged_policies()
-    if asked not in packaged:
-        known = ", ".join(packaged)
+    found = None if "/" in asked else packaged_for(asked)
+    if found is None:
+        known = ", ".join(packaged_policies())
         raise PolicyError(
             f"The attention policy {asked!r} is neither a file nor a packaged policy; packaged are: {known} "
             "(and dense, which needs no file)."
         )
-    return packaged[asked]
+    return found

@@ -150,7 +150,7 @@ def make_engine(
     tokenizer = Tokenizer.load(settings.model_path)
     model = model or load_tiny(settings)
     records = Records()
-    policy = policy or attention_policy(settings, model)
+    policy = policy or attention_policy(settings, model, lambda line: None)
     return assemble(settings, model, tokenizer, policy, records, lambda line: None, audit=True), records
 
 

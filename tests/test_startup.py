@@ -216,6 +216,31 @@ def test_operating_points(checkpoint: Path, tmp_path: Path) -> None:
         assert "no operating point" in sentence and "exact" in sentence
 
 
+def test_memory_is_for_the_points_that_can_be_chosen(checkpoint: Path, tmp_path: Path) -> None:
+    """Where no request can be dense, memory that streaming heads never need goes to the others."""
+
+    def room(**settings: Any) -> int:
+        options = {"attention_policy": write_policy(tmp_path, FITTING), "kv_cache_memory": 32 * 2**20, **settings}
+        _, lines = start(checkpoint, attention_point="fast", **options)
+        (found,) = re.findall(r"room for (\d+) tokens", "\n".join(lines))
+        return int(found)
+
+    both = room()
+    assert room(attention_allow_points=("exact",)) == room(attention_allow_points=("exact", "fast")) == both
+    assert room(attention_allow_points=("fast",)) > both
+
+
+def test_a_profile_that_others_published_is_mentioned_and_not_used(checkpoint: Path) -> None:
+    named = checkpoint.rename(checkpoint.with_name("Qwen3-32B"))
+    engine, lines = start(named)
+    assert engine.points == ("exact",) and "-dense@exact-" in engine.fingerprint
+    (line,) = [line for line in lines if "published" in line]
+    assert line.endswith("not verified: --attention-policy Qwen3-32B")
+    assert "'Qwen3-32B' is for a model with layers 64, but this model has" in refused(
+        named, attention_policy="qwen3_32b"
+    )
+
+
 def test_longer_than_the_model(checkpoint: Path) -> None:
     assert "2049 exceeds the model's 2048 positions" in refused(checkpoint, max_model_len=2049)
 

@@ -130,5 +130,5 @@ DUO_ATTENTION = Format(
     "duo-attention", "DuoAttention's tables of weights", _STREAMING, _recognises, _made_for, _read_duo
 )
 LSERVE = Format(
-    "lserve", "the same as LServe uses them", _STREAMING | {"budget"}, lambda file: False, _made_for, _read_lserve
+    "lserve", "the same tables in LServe", _STREAMING | {"budget"}, lambda file: False, _made_for, _read_lserve
 )

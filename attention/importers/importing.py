@@ -150,6 +150,7 @@ def _write(order: Order, policy: PolicyFile, imported: Imported) -> PolicyFile:
             if path.exists() and not order.force:
                 raise ImportRefused(f"{path} is there already; give another -o, or --force to write over it.")
             save_file(dict(beside.tensors), path, metadata=dict(beside.metadata) or None)
+            path.chmod(0o644)  # safetensors lets nobody else read it
         order.out.write_text(text, "utf-8")
         written = load_policy_file(order.out)
         written.policy(Artefacts(order.out.parent))

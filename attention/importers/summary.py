@@ -1,6 +1,7 @@
 """What an imported policy covers, in numbers: for the command's table, and for the record of all published files."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gossamer.attention.importers.policy_text import POINT
@@ -12,7 +13,7 @@ LENGTHS = (32768, 131072)
 
 @dataclass(frozen=True, slots=True)
 class PhaseSummary:
-    """Of one phase: heads by backend, and the mean nominal density in words at each of `LENGTHS`."""
+    """Of one phase: heads by backend, and the mean nominal density in words by length."""
 
     phase: str
     backends: dict[str, int]
@@ -29,13 +30,13 @@ class ImportSummary:
     phases: tuple[PhaseSummary, ...]
 
 
-def summarise(file: PolicyFile) -> ImportSummary:
-    """What `imported` does."""
+def summarise(file: PolicyFile, lengths: Sequence[int] = LENGTHS) -> ImportSummary:
+    """What `imported` does, with densities at these lengths."""
     entries = [entry for row in file.entries(POINT) for entry, _ in row]
     sparse = sum(entry.keep != "all" or {entry.prefill.backend, entry.decode.backend} != {"dense"} for entry in entries)
-    views = {length: view_point(file, POINT, length).panels for length in LENGTHS}
+    views = {length: view_point(file, POINT, length).panels for length in lengths}
     phases = []
-    for number, panel in enumerate(views[LENGTHS[0]]):
+    for number, panel in enumerate(views[lengths[0]]):
         backends: dict[str, int] = dict(Counter(str(cell.backend.backend) for cell in panel).most_common())
         density = {length: panels[number].mean() for length, panels in views.items()}
         phases.append(PhaseSummary(panel.phase, backends, density))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -58,7 +59,7 @@ def build_engine(config: ServerConfig, metrics: Observer, report: Callable[[str]
         fused=config.fused_kernels,
         report=report,
     )
-    policy = attention_policy(config, model)
+    policy = attention_policy(config, model, report)
     return assemble(config, model, tokenizer, policy, metrics, report)
 
 
@@ -209,9 +210,9 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def attention_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
+def attention_policy(config: ServerConfig, model: Model, report: Callable[[str], None]) -> AttentionPolicy:
     """The policy asked for, or the one packaged for this model, or dense; within the windows of the model's layers."""
-    policy = within_windows(_find_policy(config, model), model.shape.windows)
+    policy = within_windows(_find_policy(config, model, report), model.shape.windows)
     for point in (config.attention_point, *config.attention_allow_points):
         if point is not None and point not in policy.names:
             raise StartupError(
@@ -223,13 +224,13 @@ def attention_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
     return policy
 
 
-def _find_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
+def _find_policy(config: ServerConfig, model: Model, report: Callable[[str], None]) -> AttentionPolicy:
     shape, asked = model.shape, config.attention_policy
     dense = dense_policy(shape.layers, shape.kv_heads)
     if asked == "dense":
         return dense
     try:
-        file = packaged_for(config.model_path) if asked is None else find_policy_file(asked)
+        file = _own_policy(config.model_path, report) if asked is None else find_policy_file(asked)
         if file is None:
             return dense
         entry = load_policy_file(file)
@@ -244,3 +245,12 @@ def _find_policy(config: ServerConfig, model: Model) -> AttentionPolicy:
         return entry.policy(Artefacts(file.parent, model.device))
     except PolicyError as error:
         raise StartupError(str(error)) from error
+
+
+def _own_policy(model_path: str, report: Callable[[str], None]) -> Path | None:
+    """The packaged policy of this model. One that was imported, which nobody here has verified, is only mentioned."""
+    file = packaged_for(model_path)
+    if file is not None and load_policy_file(file).provenance.source == "imported":
+        report(f"Attention is dense; a published profile comes along, not verified: --attention-policy {file.stem}")
+        return None
+    return file
