@@ -165,21 +165,30 @@ def pooled_keys(k: Tensor) -> Tensor:
     return torch.cat((pages.amax(1), pages.amin(1), pages.mean(1)), -1)
 
 
-def chosen(selector: Any, layer: Captured, begin: int, size: int, count: int) -> Tensor:
-    """[G, L], the pages that a budget of `count` pages admits."""
+def chosen(selector: Any, layer: Captured, begin: int, size: int, budget: Budget) -> Tensor:
+    """[G, L], the pages that a budget admits."""
     assert isinstance(selector, LearnedGate)
-    selector = replace(selector, budget=Budget("tokens", count * PAGE_SIZE))
+    selector = replace(selector, budget=budget)
     blocks = QueryBlocks.of(size, [BlockRow(0, 0, begin, size)])
     kv = paged(layer, selector.summaries)
     return selector.propose(layer.q[begin : begin + size], kv, blocks, layer.scale).pages[:, 0]
 
 
-def best(mass: Tensor, count: int) -> Tensor:
-    """mass [G, past pages] -> as `chosen`: the first page always counts, the block's own page takes one place."""
-    mass = mass.clone()
-    mass[:, 0] = torch.inf
-    expected = torch.zeros(KV_HEADS, LENGTH // PAGE_SIZE, dtype=torch.bool)
-    return expected.scatter_(1, mass.topk(count - 1).indices, True)
+def check_choices(selector: Any, layer: Captured, begin: int, size: int, mass: Tensor) -> None:
+    """mass [G, past pages], the published weights of the block's past pages: by count, where the first page always counts
+    and the block's own takes one place, and by weight."""
+    past, empty = mass.shape[1], torch.zeros(KV_HEADS, LENGTH // PAGE_SIZE, dtype=torch.bool)
+    for count in (2, 4, 6):
+        ranked = mass.clone()
+        ranked[:, 0] = torch.inf
+        expected = empty.scatter(1, ranked.topk(count - 1).indices, True)
+        assert torch.equal(chosen(selector, layer, begin, size, Budget("tokens", count * PAGE_SIZE)), expected)
+    middle = mass.flatten().sort().values
+    for low, high in ((past // 2, past // 2 + 1), (past, past + 1)):
+        weight = float(middle[low] + middle[high]) / 2
+        expected = empty.clone()
+        expected[:, :past] = mass >= weight
+        assert torch.equal(chosen(selector, layer, begin, size, Budget("weight", weight)), expected)
 
 
 @pytest.mark.parametrize("shapes", [PREFILL, DOUBLE], ids=["one matrix", "two"])
@@ -202,8 +211,7 @@ def test_a_gate_for_prompts_scores_as_published(tmp_path: Path, shapes: dict[str
         weight = logits[:, : begin // PAGE_SIZE].softmax(-1)
         mass = weight.unflatten(0, (KV_HEADS, RATIO)).amax(1)
         selector = meaning(policy, tmp_path).point("imported").heads[number][0].prefill
-        for count in (2, 4, 6):
-            assert torch.equal(chosen(selector, layer, begin, PAGE_SIZE, count), best(mass, count))
+        check_choices(selector, layer, begin, PAGE_SIZE, mass / mass.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("shapes", [DECODE, NORMED, MEAN, PLAIN], ids=["heads", "norms", "their mean", "plain mean"])
@@ -231,10 +239,10 @@ def test_a_gate_for_generated_tokens_scores_as_published(
         )
     if turns:
         asked, keys = rotated(asked[None], torch.tensor([at]))[0], rotated(keys, starts)
-    mass = torch.einsum("ge,lge->gl", asked, keys)[:, : at // PAGE_SIZE].softmax(-1)
+    logits = torch.einsum("ge,lge->gl", asked, keys) * DIM**-0.5
+    mass = logits[:, : at // PAGE_SIZE].softmax(-1)
     selector = meaning(policy, tmp_path).point("imported").heads[1][0].decode
-    for count in (2, 4, 6):
-        assert torch.equal(chosen(selector, layer, at, 1, count), best(mass, count))
+    check_choices(selector, layer, at, 1, mass)
 
 
 def test_a_rotation_that_also_scales(tmp_path: Path) -> None:
