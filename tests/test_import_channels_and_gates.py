@@ -175,7 +175,7 @@ def chosen(selector: Any, layer: Captured, begin: int, size: int, budget: Budget
 
 
 def check_choices(selector: Any, layer: Captured, begin: int, size: int, mass: Tensor) -> None:
-    """mass [G, past pages], the published weights of the block's past pages: by count, where the first page always counts
+    """mass [G, past pages], the published weights of the past pages: by count, where the first page always counts
     and the block's own takes one place, and by weight."""
     past, empty = mass.shape[1], torch.zeros(KV_HEADS, LENGTH // PAGE_SIZE, dtype=torch.bool)
     for count in (2, 4, 6):
