@@ -2,7 +2,6 @@
 one of them gives."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,3 @@ def refusal(*files: Path, **options: Any) -> str:
     assert sentence.endswith(".") and "\n" not in sentence and len(sentence) < 700
     assert not out.exists() and not list(files[0].parent.glob("*.safetensors"))
     return sentence
-
-
-def changed(value: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    return {**value, **changes}

@@ -96,6 +96,7 @@ def test_skip_softmax_among_other_groups(tmp_path: Path) -> None:
         (group(threshold_scale_factor={"formula": "__import__('os')", "prefill": {"a": 1, "b": 1}}), "is not one of"),
         (group(threshold_scale_factor={"formula": FORMULA, "prefill": {"a": 1.0}}), "is not one of"),
         (group(threshold_scale_factor={"formula": FORMULA, "prefill": {"a": 1.0, "b": 1e9}}), "no finite threshold"),
+        (group(threshold_scale_factor={"formula": FORMULA, "prefill": {"a": 10**400, "b": 1}}), "no finite threshold"),
         (group(threshold_scale_factor=1e9), "at 32768 tokens the threshold for prefill leaves out everything"),
         (group(threshold_scale_factor=-1.0), "its threshold for prefill is '-1.0'"),
         (group(target_sparsity=2), "its target_sparsity for prefill is '2'"),

@@ -17,7 +17,6 @@ from foreign_files import (
     LAYERS,
     QUERY_HEADS,
     RATIO,
-    TINY,
     classes,
     gates,
     heads,
@@ -188,6 +187,14 @@ def hostile(folder: Path) -> list[tuple[Path, str]]:
         (cut, "cannot be read as a file of tensors"),
         (write(folder / "names.pth", {"x": torch.zeros(1)}), "is no profile that can be read"),
         (Path("/dev/zero"), "is not a file"),
+        (write(folder / "new\nline\x1b[31m.json", {"a": 1}), "new line [31m.json is no profile that can be read"),
+        (
+            write(folder / "digits.json", [{"1" * 5000: ["vertical_and_slash", 1, 1, 1]}]),
+            "is no profile that can be read",
+        ),
+        (write(folder / "wide.tsv", "0 " * 20_000 + "\n"), "makes no policy: kv_heads: Input should be less than"),
+        (write(folder / "huge.tsv", ("0 " * 2000 + "\n") * 600), "is no profile that can be read"),
+        (write(folder / "escape.json", classes(num_layers="\x1b[2J")), "its num_layers is  [2J, and its matrix has 3"),
     ] + [
         (file, "cannot be read as a file of tensors") for file in [folder / "x.safetensors"] if file.write_bytes(header)
     ]
@@ -195,7 +202,8 @@ def hostile(folder: Path) -> list[tuple[Path, str]]:
 
 def test_hostile_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file, said in hostile(tmp_path):
-        assert said in complaint(1, file, "-o", tmp_path / "out.yaml"), file
+        sizes = ("--sink", 1, "--recent", 1) if file.suffix == ".tsv" else ()
+        assert said in complaint(1, file, "-o", tmp_path / "out.yaml", *sizes), file
     assert not (tmp_path / "out.yaml").exists()
     (tmp_path / "latin").write_bytes(b"\xe9t\xe9\n" * 9)
     assert "is neither text nor a file of tensors" in complaint(1, tmp_path / "latin", "-o", tmp_path / "out.yaml")
@@ -357,7 +365,6 @@ def test_a_model_finds_the_policy_that_is_named_after_it() -> None:
     assert find_policy_file("llama-3.1-8b-instruct") == packaged_policies()["Llama-3.1-8B-Instruct"]
     with pytest.raises(PolicyError, match="neither a file nor a packaged policy"):
         find_policy_file("no/such/folder/Llama-3.1-8B-Instruct")
-    assert TINY.name not in packaged_policies()
 
 
 def test_the_record_is_of_the_packaged_policies() -> None:

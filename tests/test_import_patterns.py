@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign_files import KV_HEADS, LAYERS, QUERY_HEADS, TINY, heads, imported, note, patterns, refusal, write
+from foreign_files import KV_HEADS, LAYERS, QUERY_HEADS, heads, imported, note, patterns, refusal, write
 
 from gossamer.attention.importers.target import Target
 from gossamer.attention.policy_backends import HeadEntry
@@ -194,4 +194,3 @@ def test_thresholds_that_cannot_be_read(tmp_path: Path, text: str, said: str) ->
 
 def test_thresholds_need_the_model(tmp_path: Path) -> None:
     assert "give --model" in refusal(write(tmp_path / "x.py", thresholds(16, ROWS)), model=None)
-    assert TINY.ratio == 2

@@ -126,8 +126,8 @@ def _calibrated(source: Source, formula: Any, coefficients: Any, wanted: float) 
     names = ("log_a", "b") if known else ("a", "b")
     if known is None or not isinstance(coefficients, dict) or not all(is_number(coefficients.get(n)) for n in names):
         raise source.refuse(f"its formula {str(formula)[:60]!r} with its numbers is not one of {', '.join(FORMULAS)}")
-    first, slope = (float(coefficients[name]) for name in names)
     try:
+        first, slope = (float(coefficients[name]) for name in names)
         return math.exp(first + slope * wanted) if known else first * math.exp(slope * wanted)
     except OverflowError as error:
         raise source.refuse("its coefficients give no finite threshold") from error

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +21,11 @@ FOLDERS = ("full_attention_heads.tsv", "attn_gate_weights.pth", "config.json")  
 
 
 class ImportRefused(Exception):
-    """A foreign file cannot be imported. The message is one sentence that says what to do."""
+    """A foreign file cannot be imported. The message is one sentence that says what to do, without characters of the
+    file that a terminal would obey."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ def _json(path: Path, text: str) -> Any:
     try:
         return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ImportRefused(f"{path} cannot be read as JSON: {printable(str(error))[:200]}.") from error
+        raise ImportRefused(f"{path} cannot be read as JSON: {str(error)[:200]}.") from error
 
 
 def _tensors(path: Path, start: bytes) -> Tensor | dict[str, Tensor]:
@@ -129,9 +132,9 @@ def _tensors(path: Path, start: bytes) -> Tensor | dict[str, Tensor]:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except ImportRefused:
         raise
-    except (SafetensorError, Exception) as error:  # torch and zipfile raise many kinds, none of them named
+    except Exception as error:  # torch, zipfile and safetensors raise many kinds
         raise ImportRefused(
-            f"{path} cannot be read as a file of tensors ({printable(str(error))[:120].rstrip('. ')}); copy it again."
+            f"{path} cannot be read as a file of tensors ({str(error)[:120].rstrip('. ')}); copy it again."
         ) from error
     if isinstance(value, Tensor):
         return value

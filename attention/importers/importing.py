@@ -53,21 +53,22 @@ def import_policy(order: Order, find_model: Callable[[str], Target]) -> PolicyFi
     found = [(file, find_format(file, asked)) for file, asked in read]
     _check_options(order.options, [each for _, each in found])
     target, notes = _target(order, found, find_model)
-    parts = []
-    for file, kind in found:
-        try:
-            options = _only(order.options, kind)
-            parts.append(kind.read(Source(file, target, options, order.out.stem)))
-        except ValidationError as error:  # of a number that no policy can say
-            raise ImportRefused(f"{file.name} cannot be imported: {printable(error.errors()[0]['msg'])}.") from error
-    imported = parts[0] if len(parts) == 1 else combine(*parts)
-    imported = replace(imported, approximations=(*imported.approximations, *notes))
     origins = (*order.origins, "", "")
     files = [
         SourceFile(name=file.name, format=kind.name, sha256=file.sha256, origin=origin)
         for (file, kind), origin in zip(found, origins, strict=False)
     ]
-    policy = policy_of(order.out.stem, imported, target, files)
+    try:
+        parts = [kind.read(Source(file, target, _only(order.options, kind), order.out.stem)) for file, kind in found]
+        imported = parts[0] if len(parts) == 1 else combine(*parts)
+        imported = replace(imported, approximations=(*imported.approximations, *notes))
+        policy = policy_of(order.out.stem, imported, target, files)
+    except ValidationError as error:  # of a number that no policy can say
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise ImportRefused(
+            f"{found[0][0].name} makes no policy: {place}: {fault['msg']}; take another file."
+        ) from error
     return _write(order, policy, imported)
 
 
@@ -77,8 +78,7 @@ def _check_out(order: Order) -> None:
         raise ImportRefused(f"-o is {out}; name a policy file that ends in .yaml.")
     if re.fullmatch(NAME, out.stem) is None:
         raise ImportRefused(
-            f"A policy cannot be called {printable(out.stem)!r}; name a file of at most 64 letters, digits, "
-            "'.', '_' and '-'."
+            f"A policy cannot be called {out.stem!r}; name a file of at most 64 letters, digits, '.', '_' and '-'."
         )
     if not out.parent.is_dir():
         raise ImportRefused(f"The folder {out.parent} does not exist; make it, or give another -o.")

@@ -41,7 +41,7 @@ def _recognises(file: ForeignFile) -> bool:
     if not layers or not all(isinstance(layer, dict) and layer for layer in layers):
         return False
     return all(
-        key.isdecimal() and isinstance(value, list) and value and isinstance(value[0], str)
+        key.isdecimal() and len(key) < 6 and isinstance(value, list) and value and isinstance(value[0], str)
         for layer in layers
         for key, value in layer.items()
     )
@@ -86,7 +86,7 @@ def _patterns(source: Source, number: int, layer: Mapping[str, Any], query_heads
     """Of each query head of a layer."""
     beyond = [key for key in layer if int(key) >= query_heads]
     if beyond:
-        raise source.refuse(f"layer {number} has a query head {beyond[0][:20]}, and the model has {query_heads}")
+        raise source.refuse(f"layer {number} has a query head {beyond[0]}, and the model has {query_heads}")
     found = {}
     for key, value in layer.items():
         sizes = value[1:3]

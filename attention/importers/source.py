@@ -15,6 +15,7 @@ Heads = tuple[tuple[HeadEntry, ...], ...]  # [layer][KV head]
 
 DENSE_HEAD = HeadEntry()
 MOST_LAYERS = 10_000
+MOST_ITEMS = 1 << 20  # of a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,5 +174,5 @@ def rectangular(rows: object, wanted: Callable[[Any], bool]) -> list[list[Any]] 
         return None
     found = [list(row) if isinstance(row, (list, tuple)) else [] for row in rows]
     sizes = {len(row) for row in found}
-    good = len(sizes) == 1 and sizes != {0} and len(found) <= MOST_LAYERS
+    good = len(sizes) == 1 and sizes != {0} and len(found) <= MOST_LAYERS and len(found) * max(sizes) <= MOST_ITEMS
     return found if good and all(wanted(item) for row in found for item in row) else None

@@ -27,31 +27,27 @@ class Target:
         return self.query_heads // self.kv_heads
 
 
-def _published(name: str, model_type: str, layers: int, kv_heads: int, query_heads: int, head_dim: int) -> Target:
-    return Target(name, model_type, layers, kv_heads, query_heads, head_dim)
-
-
 # Models that published profiles are for, by the names that they have on the Hugging Face Hub.
 PUBLISHED: tuple[Target, ...] = (
-    _published("Llama-2-7B-32K-Instruct", "llama", 32, 32, 32, 128),
-    _published("Meta-Llama-3-8B-Instruct", "llama", 32, 8, 32, 128),
-    _published("Llama-3-8B-Instruct-262k", "llama", 32, 8, 32, 128),
-    _published("Llama-3-8B-Instruct-Gradient-1048k", "llama", 32, 8, 32, 128),
-    _published("Llama-3-8B-Instruct-Gradient-4194k", "llama", 32, 8, 32, 128),
-    _published("Llama-3.1-8B-Instruct", "llama", 32, 8, 32, 128),
-    _published("Llama-3.1-70B-Instruct", "llama", 80, 8, 64, 128),
-    _published("Llama-3.3-70B-Instruct", "llama", 80, 8, 64, 128),
-    _published("Mistral-7B-Instruct-v0.2", "mistral", 32, 8, 32, 128),
-    _published("Mistral-7B-Instruct-v0.3", "mistral", 32, 8, 32, 128),
-    _published("Mixtral-8x7B-Instruct-v0.1", "mixtral", 32, 8, 32, 128),
-    _published("Phi-3-mini-128k-instruct", "phi3", 32, 32, 32, 96),
-    _published("Qwen2-7B-Instruct", "qwen2", 28, 4, 28, 128),
-    _published("Qwen2.5-7B-Instruct", "qwen2", 28, 4, 28, 128),
-    _published("Qwen2.5-7B-Instruct-1M", "qwen2", 28, 4, 28, 128),
-    _published("Qwen2.5-14B-Instruct-1M", "qwen2", 48, 8, 40, 128),
-    _published("Qwen2.5-32B-Instruct", "qwen2", 64, 8, 40, 128),
-    _published("Qwen2.5-72B-Instruct", "qwen2", 80, 8, 64, 128),
-    _published("Qwen3-32B", "qwen3", 64, 8, 64, 128),
+    Target("Llama-2-7B-32K-Instruct", "llama", 32, 32, 32, 128),
+    Target("Meta-Llama-3-8B-Instruct", "llama", 32, 8, 32, 128),
+    Target("Llama-3-8B-Instruct-262k", "llama", 32, 8, 32, 128),
+    Target("Llama-3-8B-Instruct-Gradient-1048k", "llama", 32, 8, 32, 128),
+    Target("Llama-3-8B-Instruct-Gradient-4194k", "llama", 32, 8, 32, 128),
+    Target("Llama-3.1-8B-Instruct", "llama", 32, 8, 32, 128),
+    Target("Llama-3.1-70B-Instruct", "llama", 80, 8, 64, 128),
+    Target("Llama-3.3-70B-Instruct", "llama", 80, 8, 64, 128),
+    Target("Mistral-7B-Instruct-v0.2", "mistral", 32, 8, 32, 128),
+    Target("Mistral-7B-Instruct-v0.3", "mistral", 32, 8, 32, 128),
+    Target("Mixtral-8x7B-Instruct-v0.1", "mixtral", 32, 8, 32, 128),
+    Target("Phi-3-mini-128k-instruct", "phi3", 32, 32, 32, 96),
+    Target("Qwen2-7B-Instruct", "qwen2", 28, 4, 28, 128),
+    Target("Qwen2.5-7B-Instruct", "qwen2", 28, 4, 28, 128),
+    Target("Qwen2.5-7B-Instruct-1M", "qwen2", 28, 4, 28, 128),
+    Target("Qwen2.5-14B-Instruct-1M", "qwen2", 48, 8, 40, 128),
+    Target("Qwen2.5-32B-Instruct", "qwen2", 64, 8, 40, 128),
+    Target("Qwen2.5-72B-Instruct", "qwen2", 80, 8, 64, 128),
+    Target("Qwen3-32B", "qwen3", 64, 8, 64, 128),
 )
 
 # Models for which their authors use the profile of another one.
