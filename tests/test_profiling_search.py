@@ -13,6 +13,7 @@ from torch import Tensor
 from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.policy_file import ModelEntry, PolicyFile, Provenance, load_policy_file
 from gossamer.attention.policy_view import PHASES, Phase
+from gossamer.attention.policy_yaml import to_yaml
 from gossamer.attention.profiling.candidates import Candidate, ladder
 from gossamer.attention.profiling.cost import (
     CostModel,
@@ -28,7 +29,7 @@ from gossamer.attention.profiling.cost import (
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.search import DENSE, Assignment, Choice, Search
 from gossamer.attention.profiling.sensitivity import FLOOR, probes, sensitivities
-from gossamer.attention.profiling.writing import policy_file, spelled, to_yaml
+from gossamer.attention.profiling.writing import policy_file, spelled
 from gossamer.attention.selectors import SinkRecent
 from gossamer.kvcache.retention import KeepSinkRecent
 

@@ -2,18 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
-
-import yaml
 
 from gossamer.attention.importers.source import Heads, Imported
 from gossamer.attention.importers.target import Target
 from gossamer.attention.plain_yaml import load_plain_yaml
 from gossamer.attention.policy_diff import ranges
 from gossamer.attention.policy_file import ModelEntry, PointEntry, PolicyFile, Provenance, Row, SourceFile
+from gossamer.attention.policy_yaml import to_yaml
 
 POINT = "imported"
-ORDER = ("layers", "heads", "prefill", "decode", "keep")  # in a row
 NOTE = "imported, not verified here"
 
 
@@ -68,33 +65,8 @@ def _named(numbers: Sequence[int], count: int) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
-class _Inline(dict[str, Any]):
-    """A mapping that is written on one line."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Without aliases, which policy files may not have."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Dumper.add_representer(
-    _Inline, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=True)
-)
-
-
 def text_of(file: PolicyFile) -> str:
     """YAML that reads as `file` again."""
-    raw = file.model_dump(mode="json", exclude_defaults=True)
-    raw = {"gossamer_policy": file.gossamer_policy, **raw}
-    for point in raw["points"].values():
-        rows = point.get("rows", ())
-        point |= {"rows": [{key: row[key] for key in ORDER if key in row} for row in rows]} if rows else {}
-        for entry in (point.get("default"), *point.get("rows", ())):
-            for part in ("prefill", "decode", "keep"):
-                if entry and isinstance(entry.get(part), dict):
-                    entry[part] = _Inline(entry[part])
-    text = yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=118)
+    text = to_yaml(file)
     assert PolicyFile.model_validate(load_plain_yaml(text)) == file
     return f"# Written by `gossamer policy import`; {NOTE}.\n{text}"

@@ -10,6 +10,7 @@ import torch
 
 from gossamer import __version__
 from gossamer.attention.policy_file import ModelEntry
+from gossamer.attention.policy_yaml import to_yaml
 from gossamer.attention.profiling.cost import load_device_profile, save_device_profile
 from gossamer.attention.profiling.gate_training import rotary_of
 from gossamer.attention.profiling.profile import Profile, Settings
@@ -19,7 +20,6 @@ from gossamer.attention.profiling.state import State
 from gossamer.attention.profiling.subject import Progress, Subject
 from gossamer.attention.profiling.tasks import Filler, Split
 from gossamer.attention.profiling.text import library_lines
-from gossamer.attention.profiling.writing import to_yaml
 from gossamer.server.config import ServerConfig
 from gossamer.server.engine.families import StartupError
 from gossamer.server.engine.model import load_config, load_model
