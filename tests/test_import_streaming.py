@@ -156,6 +156,8 @@ def test_lserve(tmp_path: Path) -> None:
     policy = imported(file, kinds=("lserve",), budget=1024, recent=512, prompt_recent=2048, sink=64)
     assert heads(policy)[1][0] == window(64, 512, 2048)
     assert heads(policy)[1][1].decode.budget.tokens == 1024  # type: ignore[union-attr]
+    later = imported(file, kinds=("lserve",), above=8192)
+    assert heads(later)[1][1] == HeadEntry.model_validate({"decode": {**pages, "above": 8192}})
     everything = imported(file, kinds=("lserve",), keep="all")
     assert heads(everything)[1][0] == window(128, 256, 8192, keep="all")
 
@@ -209,6 +211,9 @@ def test_redknot(tmp_path: Path) -> None:
     assert heads(policy) == [[DENSE] * 2, [window(4, 512)] * 2, [retrieval] * 2]
     assert note(policy, "(retrieval)").startswith("2 of 6 KV heads")
     assert heads(imported(file, keep="all"))[1][0] == window(4, 512, keep="all")
+    later = {**pages, "above": 4096}
+    expected = HeadEntry.model_validate({"prefill": later, "decode": later})
+    assert heads(imported(file, above=4096))[2] == [expected] * 2
     kinds = [["dense"] * 2, ["local_full", "limited"], ["streaming", "sink_dominant"]]
     by_head = classes(kv_head_sink_size=[[0, 0], [8, 16], [0, 0]], kv_head_classification=kinds)
     by_head["kv_head_max_distance"] = [[-1, -1], [512, 100], [7, 0]]

@@ -76,7 +76,8 @@ def _read_lserve(source: Source) -> Imported:
         window=options.keep != "all",
     )
     budget = BudgetEntry(tokens=options.budget or LSERVE_BUDGET)
-    retrieval = HeadEntry(decode=BlockSparseBackend(backend="block-sparse", score="bounds", budget=budget))
+    pages = BlockSparseBackend(backend="block-sparse", score="bounds", budget=budget, above=options.above or 0)
+    retrieval = HeadEntry(decode=pages)
     notes = (
         "heads that do not stream: one choice of pages for the query heads of a group, made anew for each token, and "
         "not by query head for four tokens",
@@ -130,5 +131,5 @@ DUO_ATTENTION = Format(
     "duo-attention", "DuoAttention's tables of weights", _STREAMING, _recognises, _made_for, _read_duo
 )
 LSERVE = Format(
-    "lserve", "the same tables in LServe", _STREAMING | {"budget"}, lambda file: False, _made_for, _read_lserve
+    "lserve", "the same tables in LServe", _STREAMING | {"budget", "above"}, lambda file: False, _made_for, _read_lserve
 )

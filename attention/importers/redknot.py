@@ -47,7 +47,8 @@ def _read(source: Source) -> Imported:
         raise source.refuse(f"its retrieval_top_p is {str(top_p)[:20]}, not a share above 0")
     first = _whole(source, "dense_prefix_layers", 0)
     window = source.options.keep != "all"
-    pages = BlockSparseBackend(backend="block-sparse", budget=BudgetEntry(mass=float(top_p)))
+    budget, above = BudgetEntry(mass=float(top_p)), source.options.above or 0
+    pages = BlockSparseBackend(backend="block-sparse", budget=budget, above=above)
     retrieval = HeadEntry(prefill=pages, decode=pages)
     heads, counts = [], Counter[str]()
     for layer in range(size[0]):
@@ -130,4 +131,4 @@ def _made_for(file: ForeignFile) -> str:
     return name if isinstance(name, str) else file_stem(file)
 
 
-FORMAT = Format("redknot", "RedKnot's head classes", frozenset({"keep"}), _recognises, _made_for, _read)
+FORMAT = Format("redknot", "RedKnot's head classes", frozenset({"keep", "above"}), _recognises, _made_for, _read)

@@ -44,19 +44,19 @@ def _number(config: PreTrainedConfig, name: str) -> int:
 
 
 def declared_rotary(config: PreTrainedConfig) -> Rotary | None:
-    """How the model turns its keys, None where its layers turn them differently. RoPE that chooses its frequencies by
-    length is that of the longest sequence, as when the whole length is served."""
+    """How the model turns its keys, None where the config does not say or its layers turn them differently. RoPE that
+    chooses its frequencies by length is that of the longest sequence, as when the whole length is served."""
     parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     kinds = [each for each in parameters.values() if isinstance(each, Mapping)]
     if not parameters or any(each != kinds[0] for each in kinds):
         return None
-    kind = str((kinds[0] if kinds else parameters).get("rope_type", "default"))
-    if kind == "default":
-        rope = kinds[0] if kinds else parameters
+    rope = kinds[0] if kinds else parameters
+    kind = str(rope.get("rope_type", "default"))
+    if kind == "default" and "rope_theta" in rope:
         share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
         turned = int(declared_shape(config).head_dim * share)
         return Rotary(float(rope["rope_theta"]) ** -(torch.arange(0, turned, 2).float() / turned))
-    if kinds:
+    if kinds or kind not in ROPE_INIT_FUNCTIONS:
         return None
     longest = int(getattr(config, "max_position_embeddings", 0)) or None
     frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), longest)
