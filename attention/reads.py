@@ -1,6 +1,6 @@
 """How much of what it could see a step's attention has read: the density that is reported and exported."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class SpanReads(NamedTuple):
 
 @dataclass(slots=True)
 class Reads:
-    """Adds up over the layers of one step. What was read stays on the device until `totals`."""
+    """Adds up over the layers of one step. What was read stays on the device; `totals` says whose it is."""
 
     read: dict[bool, Tensor] = field(default_factory=dict)  # by whether it is decode: [N]
     heads: dict[bool, int] = field(default_factory=dict)  # that were added up
@@ -48,15 +48,22 @@ class Reads:
             self.read[decode] = known[1].clone()
         self.heads[decode] = self.heads.get(decode, 0) + heads
 
-    def totals(self, prefill: Sequence[BlockRow], decode: Sequence[BlockRow], spans: int) -> tuple[SpanReads, ...]:
-        """One entry per sequence of the step. Waits for the device. What was added for more blocks than there are rows
-        does not count."""
-        sums = [[0.0] * 4 for _ in range(spans)]
-        for at, rows in ((0, prefill), (2, decode)):
-            kind = at == 2
-            if not rows or kind not in self.read:
-                continue
-            for row, read in zip(rows, self.read[kind].tolist(), strict=False):
-                sums[row.seq][at] += read
-                sums[row.seq][at + 1] += self.heads[kind] * row.count * -(-(row.pos + row.count) // PAGE_SIZE)
-        return tuple(SpanReads(*each) for each in sums)
+
+def totals(
+    read: Mapping[bool, Tensor],
+    heads: Mapping[bool, int],
+    prefill: Sequence[BlockRow],
+    decode: Sequence[BlockRow],
+    spans: int,
+) -> tuple[SpanReads, ...]:
+    """One entry per sequence of a step, from what its `Reads` hold, `read` being on the host by now. What was added for
+    more blocks than there are rows does not count."""
+    sums = [[0.0] * 4 for _ in range(spans)]
+    for at, rows in ((0, prefill), (2, decode)):
+        kind = at == 2
+        if not rows or kind not in read:
+            continue
+        for row, pages in zip(rows, read[kind].tolist(), strict=False):
+            sums[row.seq][at] += pages
+            sums[row.seq][at + 1] += heads[kind] * row.count * -(-(row.pos + row.count) // PAGE_SIZE)
+    return tuple(SpanReads(*each) for each in sums)

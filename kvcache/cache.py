@@ -162,12 +162,12 @@ class KVCache:
                 row[:] = pool.take(more, after)
         table.length += num_tokens
 
-    def seal(self, table: PageTable, tokens: Sequence[int]) -> None:
+    def seal(self, table: PageTable, tokens: Sequence[int], length: int | None = None) -> None:
         """After a step was computed: pages that became full can be found as a prefix from now on. `tokens`: the
-        sequence's tokens so far, at least table.length of them. Where another sequence was first with the same page,
-        its page stays the one that is found."""
-        full = table.length // self.page_size
-        if not self.prefix_caching or full == table.num_sealed:
+        sequence's tokens so far, at least the first `length` of them, which were computed (table.length unless given).
+        Where another sequence was first with the same page, its page stays the one that is found."""
+        full = (table.length if length is None else length) // self.page_size
+        if not self.prefix_caching or full <= table.num_sealed:
             return
         keys = table.chain.extend(tokens, full)
         for row, pool in zip(table.rows[:, table.num_sealed : full].tolist(), self.pools, strict=True):

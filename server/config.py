@@ -132,6 +132,9 @@ class ServerConfig:
     cuda_graphs: bool = _knob(
         "Memory and batching", "On a GPU, record decode steps at start, so that one call launches each.", True
     )
+    async_scheduling: bool = _knob(
+        "Memory and batching", "On a GPU, plan and launch each step while the one before it runs.", True
+    )
     enable_prefix_caching: bool = _knob("Memory and batching", "Reuse the keys and values of equal beginnings.", True)
     threads: int | None = _knob("Memory and batching", "CPU threads of the model.", None, low=1, shown="torch's choice")
 

@@ -133,9 +133,14 @@ def ask(engine: Engine, prompt: Sequence[int], *, n: int = 1, **params: Any) -> 
 
 
 def make_engine(
-    path: Path | str, *, model: Model | None = None, policy: AttentionPolicy | None = None, **config: Any
+    path: Path | str,
+    *,
+    model: Model | None = None,
+    policy: AttentionPolicy | None = None,
+    ahead: bool | None = None,
+    **config: Any,
 ) -> tuple[Engine, Records]:
-    """An engine that is not started. Keyword arguments are fields of ServerConfig."""
+    """An engine that is not started. `ahead`: as for `assemble`. Other keyword arguments are fields of ServerConfig."""
     settings = ServerConfig(
         **{
             "model": str(path),
@@ -151,7 +156,8 @@ def make_engine(
     model = model or load_tiny(settings)
     records = Records()
     policy = policy or attention_policy(settings, model, lambda line: None)
-    return assemble(settings, model, tokenizer, policy, records, lambda line: None, audit=True), records
+    engine = assemble(settings, model, tokenizer, policy, records, lambda line: None, audit=True, ahead=ahead)
+    return engine, records
 
 
 def load_tiny(settings: ServerConfig) -> Model:

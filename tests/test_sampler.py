@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer.server.engine import sampler as sampler_module
-from gossamer.server.engine.logits import SampleRow, adjust
-from gossamer.server.engine.request import SamplingParams
-from gossamer.server.engine.sampler import Sampler, uniform
+from gossamer.server.engine.logits import SampleRow, Turn, adjust
+from gossamer.server.engine.request import SamplingParams, TokenLogprob
+from gossamer.server.engine.sampler import Sampled, Sampler, read_scores, uniform
 
 V = 13
 
@@ -31,8 +31,19 @@ def row(
     return SampleRow(params(**f), seed=seed, prompt=prompt, output=output, forbid=forbid)
 
 
+def drawn(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+    """What each row gets, as the engine reads it."""
+    draw = Sampler().draw(logits, [Turn(each) for each in rows])
+    assert draw.tokens.tolist() == draw.table[:, 0].tolist()
+    return draw.read(draw.table)
+
+
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    return [sampled.token for sampled in Sampler().sample(logits, rows)]
+    return [each.token for each in drawn(logits, rows)]
+
+
+def scores(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob] | None:
+    return read_scores(Sampler().score(logits, tokens, top))
 
 
 def slow_logits(
@@ -124,7 +135,7 @@ def test_penalties_and_biases_follow_their_definitions(
         row(prompt=prompt, output=output, forbid=forbid, **(changes if i % 2 == 0 else {})) for i in range(len(logits))
     ]
     found = torch.tensor(logits)
-    adjust(found, rows)
+    adjust(found, [Turn(each) for each in rows])
     for i, line in enumerate(logits):
         plain = np.array(line)
         expected = slow_logits(plain, params(**changes), prompt, output, forbid) if i % 2 == 0 else plain
@@ -197,10 +208,10 @@ def test_a_row_does_not_depend_on_its_batch_mates(vocab: int) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(3 * len(KINDS), vocab, generator=generator) * 3
     make = lambda i: KINDS[i % len(KINDS)](i)  # noqa: E731
-    alone = [Sampler().sample(logits[i : i + 1], [make(i)])[0] for i in range(len(logits))]
+    alone = [drawn(logits[i : i + 1], [make(i)])[0] for i in range(len(logits))]
     for seed in range(4):
         some = np.random.default_rng(seed).permutation(len(logits))[: 5 + 9 * seed].tolist()
-        assert Sampler().sample(logits[some], [make(i) for i in some]) == [alone[i] for i in some]
+        assert drawn(logits[some], [make(i) for i in some]) == [alone[i] for i in some]
 
 
 def test_seed_and_step_decide() -> None:
@@ -244,7 +255,7 @@ def test_extreme_parameters_mean_greedy(fields: dict[str, Any]) -> None:
 
 def test_all_tokens_biased_away_still_give_one() -> None:
     bias = tuple((i, -100.0) for i in range(V))
-    found = Sampler().sample(torch.randn(20, V), [row(i, logit_bias=bias, logprobs=1) for i in range(20)])
+    found = drawn(torch.randn(20, V), [row(i, logit_bias=bias, logprobs=1) for i in range(20)])
     assert all(0 <= s.token < V and s.finite and s.logprob and math.isfinite(s.logprob.logprob) for s in found)
     everything = [row(i, min_tokens=1, forbid=range(V), temperature=t) for i, t in enumerate([0.0, 1.0, 1.0])]
     assert all(0 <= token < V for token in sample(torch.randn(3, V), everything))
@@ -269,15 +280,15 @@ def test_end_tokens_wait_for_min_tokens() -> None:
 def test_a_broken_row_is_alone_with_it(bad: float, place: int) -> None:
     logits = torch.randn(len(KINDS) * 2, 331, generator=torch.Generator().manual_seed(2))
     rows = lambda: [KINDS[i // 2](i) for i in range(len(logits))]  # noqa: E731
-    expected = Sampler().sample(logits, rows())
+    expected = drawn(logits, rows())
     logits[::2, place] = bad
-    for i, (sampled, before) in enumerate(zip(Sampler().sample(logits, rows()), expected, strict=True)):
+    for i, (sampled, before) in enumerate(zip(drawn(logits, rows()), expected, strict=True)):
         if i % 2 == 0:
             assert not sampled.finite and sampled.logprob is None and 0 <= sampled.token < 331
         else:
             assert sampled == before and sampled.finite
     all_gone = torch.full((1, V), -math.inf)
-    assert not Sampler().sample(all_gone, [row()])[0].finite
+    assert not drawn(all_gone, [row()])[0].finite
 
 
 def test_masked_logits_are_never_chosen() -> None:
@@ -285,7 +296,7 @@ def test_masked_logits_are_never_chosen() -> None:
     logits[:, 3] = 0.0
     logits[:, 8] = -1.0
     assert set(sample(logits, [row(i) for i in range(100)])) == {3, 8}
-    top = Sampler().sample(logits[:1], [row(logprobs=3)])[0].logprob
+    top = drawn(logits[:1], [row(logprobs=3)])[0].logprob
     assert top is not None and all(math.isfinite(value) for _, value in top.top)
 
 
@@ -293,10 +304,10 @@ def test_half_precision_and_untouched_logits() -> None:
     logits = torch.randn(len(KINDS), 331, generator=torch.Generator().manual_seed(3)).bfloat16()
     before = logits.clone()
     rows = lambda: [kind(i) for i, kind in enumerate(KINDS)]  # noqa: E731
-    assert Sampler().sample(logits, rows()) == Sampler().sample(logits.float(), rows())
+    assert drawn(logits, rows()) == drawn(logits.float(), rows())
     assert torch.equal(logits, before)
     full = before.float()
-    Sampler().sample(full, rows())
+    drawn(full, rows())
     assert torch.equal(full, before.float())
 
 
@@ -312,12 +323,8 @@ def test_top_p_keeps_the_fewest_that_reach_it() -> None:
 @pytest.mark.parametrize("vocab", range(1, 10))
 def test_a_broken_row_gives_a_token_that_exists(vocab: int) -> None:
     logits = torch.full((20, vocab), math.nan)
-    found = Sampler().sample(logits, [row(i, logprobs=0, top_p=0.9 if i % 2 else 1.0) for i in range(20)])
+    found = drawn(logits, [row(i, logprobs=0, top_p=0.9 if i % 2 else 1.0) for i in range(20)])
     assert all(0 <= sampled.token < vocab and not sampled.finite for sampled in found)
-
-
-def test_no_rows() -> None:
-    assert Sampler().sample(torch.zeros(0, V), []) == []
 
 
 # --- log-probabilities
@@ -331,7 +338,7 @@ def test_logprobs_are_the_models_own() -> None:
         for i in range(30)
     ]
     exact = torch.log_softmax(logits.double(), dim=1)
-    for i, sampled in enumerate(Sampler().sample(logits, rows)):
+    for i, sampled in enumerate(drawn(logits, rows)):
         found = sampled.logprob
         assert found is not None and found.token == sampled.token == 5
         assert found.logprob == pytest.approx(float(exact[i, 5]), abs=1e-6)
@@ -344,32 +351,63 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_the_same_float_in_both_places_and_ties_by_id() -> None:
     logits = torch.tensor([[0.1, 0.7, 0.7, 0.3], [0.7, 0.1, 0.3, 0.7]])
-    first, second = Sampler().sample(logits, [row(temperature=0.0, logprobs=20)] * 2)
+    first, second = drawn(logits, [row(temperature=0.0, logprobs=20)] * 2)
     for sampled, order in ((first, [1, 2, 3, 0]), (second, [0, 3, 2, 1])):
         assert sampled.logprob is not None
         assert [token for token, _ in sampled.logprob.top] == order
         assert sampled.logprob.logprob == max(value for _, value in sampled.logprob.top)
-    assert Sampler().sample(logits, [row(temperature=0.0), row(temperature=0.0, logprobs=0)])[0].logprob is None
+    assert drawn(logits, [row(temperature=0.0), row(temperature=0.0, logprobs=0)])[0].logprob is None
 
 
 def test_prompt_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(50, 97, generator=torch.Generator().manual_seed(5)).bfloat16()
     tokens = torch.randint(0, 97, (50,), generator=torch.Generator().manual_seed(6))
     exact = torch.log_softmax(logits.double(), dim=1)
-    whole = Sampler().prompt_logprobs(logits, tokens, 3)
+    whole = scores(logits, tokens.tolist(), 3)
+    assert whole is not None
     assert [each.token for each in whole] == tokens.tolist()
     for i, each in enumerate(whole):
         assert each.logprob == pytest.approx(float(exact[i, each.token]), abs=1e-6)
         assert len(each.top) == 3 and each.top[0][1] == pytest.approx(float(exact[i].max()), abs=1e-6)
         assert each.logprob in [v for t, v in each.top if t == each.token] or each.token not in dict(each.top)
     monkeypatch.setattr(sampler_module, "_CACHED", 97 * 7)
-    assert Sampler().prompt_logprobs(logits, tokens.tolist(), 3) == whole
-    assert [each.top for each in Sampler().prompt_logprobs(logits, tokens, 0)] == [()] * 50
-    assert Sampler().prompt_logprobs(logits[:0], [], 3) == []
+    assert scores(logits, tokens.tolist(), 3) == whole
+    assert [each.top for each in scores(logits, tokens.tolist(), 0) or ()] == [()] * 50
+    assert scores(logits[:0], [], 3) == []
     for bad in (math.nan, math.inf):
         logits[20, 5] = bad
-        with pytest.raises(ValueError, match="not finite"):
-            Sampler().prompt_logprobs(logits, tokens, 3)
+        assert scores(logits, tokens.tolist(), 3) is None
+
+
+@given(
+    logits=st.lists(LOGITS, min_size=1, max_size=5),
+    changes=CHANGES,
+    prompt=TOKENS,
+    outputs=st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=9), min_size=5, max_size=5),
+    late=st.lists(st.booleans(), min_size=5, max_size=5),
+    temperature=st.sampled_from([0.0, 1.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_token_that_only_the_device_knows_counts_as_others_do(
+    logits: list[list[float]],
+    changes: dict[str, Any],
+    prompt: list[int],
+    outputs: list[list[int]],
+    late: list[bool],
+    temperature: float,
+) -> None:
+    """The newest token of some rows lies among those of the step before, in another order than the rows."""
+    fields: dict[str, Any] = {"prompt": prompt, "forbid": [2], "temperature": temperature, "logprobs": 1, **changes}
+    count = len(logits)
+    known = [Turn(row(i, output=outputs[i], **fields)) for i in range(count)]
+    unread = torch.tensor([output[-1] for output in outputs[:count]]).flip(0)
+    turns = [
+        Turn(row(i, output=outputs[i][:-1], **fields), count - 1 - i) if late[i] else known[i] for i in range(count)
+    ]
+    scores = torch.tensor(logits)
+    expected, found = Sampler().draw(scores, known), Sampler().draw(scores, turns, unread)
+    assert torch.equal(found.table, expected.table) and torch.equal(found.tokens, expected.tokens)
+    assert [turn.step for turn in turns] == [turn.row.step for turn in known]
 
 
 class _NoReads(TorchDispatchMode):
@@ -384,8 +422,8 @@ def test_the_device_is_not_read_in_between(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sampler_module, "_ranked_on_cpu", sampler_module._ranked_on_gpu)
     logits = torch.randn(len(KINDS), 331)
     with _NoReads():
-        Sampler().sample(logits, [kind(i) for i, kind in enumerate(KINDS)])
-        Sampler().prompt_logprobs(logits, list(range(len(KINDS))), 3)
+        drawn(logits, [kind(i) for i, kind in enumerate(KINDS)])
+        scores(logits, list(range(len(KINDS))), 3)
         with pytest.raises(AssertionError):
             logits[0, 0].item()
 

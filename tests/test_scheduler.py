@@ -78,11 +78,12 @@ def make_request(
 def run_step(scheduler: Scheduler) -> list[Part]:
     """Plan, compute and sample one step the way the engine's loop does; the next token is always 1."""
     parts = scheduler.plan()
-    for sequence, first, new in parts:
+    for sequence, first, new, _ in parts:
         if sequence.lacks_prompt_logprobs:
             known = len(sequence.prompt_logprobs) or 1
             sequence.prompt_logprobs = [None] * max(known, min(first + new + 1, sequence.prompt_length))
-    scheduler.computed(parts)
+    scheduler.launched(parts)
+    scheduler.arrived(parts)
     for part in parts:
         if part.samples:
             part.sequence.append(1)
@@ -190,7 +191,7 @@ class Lives(RuleBasedStateMachine):
         assert parts, "there was work, and nothing was planned"
         self.check()
         preempted = [s for s in self.alive if s.preemptions > before[s][2]]
-        for sequence, first, new in parts:
+        for sequence, first, new, _ in parts:
             ran, done, _ = before[sequence]
             assert sequence.running and new >= 1
             assert first == (done if ran else sequence.cached if sequence.preemptions == 0 else first)
@@ -221,7 +222,7 @@ class Lives(RuleBasedStateMachine):
         """Write a hash of the prefix where each new token's key belongs, and read back what its query may see."""
         scheduler = self.scheduler
         views = scheduler.cache.views([part.sequence.table for part in parts])
-        for row, (sequence, first, new) in enumerate(parts):
+        for row, (sequence, first, new, _) in enumerate(parts):
             salt = self.salts[sequence]
             expected = [float(crc32(salt + bytes(sequence.tokens[: i + 1])) & 0xFFFF) for i in range(sequence.computed)]
             for view in views.layer(0):
@@ -237,7 +238,8 @@ class Lives(RuleBasedStateMachine):
             if sequence.lacks_prompt_logprobs:
                 known = max(first + new + 1, len(sequence.prompt_logprobs))
                 sequence.prompt_logprobs = [None] * min(known, sequence.prompt_length)
-        scheduler.computed(parts)
+        scheduler.launched(parts)
+        scheduler.arrived(parts)
         for part in parts:
             sequence, salt = part.sequence, self.salts[part.sequence]
             for end in range(PAGE, sequence.computed + 1, PAGE):
@@ -410,7 +412,7 @@ def test_pages_are_taken_from_the_last_in_rank() -> None:
     while first in scheduler.running:
         run_step(scheduler)
     parts = run_step(scheduler)
-    assert parts == [Part(second, 0, 19 + kept)] and second.cached == 0
+    assert parts == [Part(second, 0, 19 + kept, True)] and second.cached == 0
     assert first.preemptions == 0
 
 

@@ -87,12 +87,12 @@ def test_a_step_is_replayed_when_all_of_it_is_newest_tokens(checkpoint: Path, mo
     engine, _ = make_engine(checkpoint, model=model)
     executor = engine._loop.executor
     seen: list[int] = []
-    executor.graphs = SimpleNamespace(run=lambda tokens: seen.append(len(tokens)))  # type: ignore[assignment]
+    executor.graphs = SimpleNamespace(run=lambda tokens, unread: seen.append(len(tokens)))  # type: ignore[assignment]
     sequence: Any = SimpleNamespace(tokens=[1, 2, 3, 4, 5], prompt_length=3, point=None, table=None)
-    newest, old, prompt = Part(sequence, 4, 1), Part(sequence, 3, 1), Part(sequence, 2, 1)
-    for parts in ([newest, old], [prompt], [newest, Part(sequence, 3, 2)]):
-        assert executor._replay(parts) is None and not seen
-    executor._replay([newest])
+    newest, old, prompt = Part(sequence, 4, 1, True), Part(sequence, 3, 1, False), Part(sequence, 2, 1, False)
+    for parts in ([newest, old], [prompt], [newest, Part(sequence, 3, 2, True)]):
+        assert executor._replay(parts, None) is None and not seen
+    executor._replay([newest], None)
     assert seen == [1]
 
 

@@ -72,8 +72,11 @@ def assemble(
     report: Callable[[str], None],
     *,
     audit: bool = False,
+    ahead: bool | None = None,
 ) -> Engine:
-    """Size the cache and put the parts together."""
+    """Size the cache and put the parts together. `audit`: check the books after every step. `ahead`: launch each step
+    before the one before it is read; as configured on a GPU unless given, and else not, since a launch on a CPU returns
+    when all is computed."""
     shape = model.shape
     default = config.attention_point or policy.names[0]
     step_tokens = config.max_num_batched_tokens or (CPU_STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS)
@@ -105,7 +108,9 @@ def assemble(
     limits = Limits(config.max_num_seqs, step_tokens, config.max_step_seconds)
     scheduler = Scheduler(cache, limits, Pace(shape.attention_crossover), config.enable_prefix_caching)
     load = QueueLoad(config.queued_requests, config.max_queued_tokens or 4 * max(sizing.token_capacity, longest))
-    loop = Loop(scheduler, Executor(model, cache, Sampler()), load, metrics, audit)
+    if ahead is None:
+        ahead = config.async_scheduling and model.device.type == "cuda"
+    loop = Loop(scheduler, Executor(model, cache, Sampler()), load, metrics, audit, ahead)
     card = ModelCard(
         name=config.names[0],
         names=config.names,

@@ -23,6 +23,7 @@ from gossamer.kvcache.summaries import FilledPages
 from gossamer.kvcache.table import PageTable
 from gossamer.kvcache.views import Room, StepViews
 from gossamer.server.engine.model import Model
+from gossamer.server.engine.transfer import Unread
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ GROWTH = 4  # from one number of pages to the next
 class Token:
     """The next token of one sequence, to be fed to the model."""
 
-    token: int
+    token: int  # anything where it is unread
     pos: int
     point: OperatingPoint
     table: PageTable
@@ -103,8 +104,9 @@ class DecodeGraphs:
     # None: there was not enough memory for it
     _made: dict[tuple[int, int, frozenset[OperatingPoint]], Recording | None] = field(default_factory=dict)
 
-    def run(self, tokens: Sequence[Token]) -> tuple[Tensor, Reads] | None:
-        """Logits [len(tokens), V] until the next call, and what was read; None where there can be no recording."""
+    def run(self, tokens: Sequence[Token], unread: Unread | None = None) -> tuple[Tensor, Reads] | None:
+        """Logits [len(tokens), V] and what was read, on the device until the next call; None where there can be no
+        recording. `unread`: tokens that only the device knows."""
         pages = max(token.table.num_pages for token in tokens)
         points = self._together(token.point for token in tokens)
         recording = self._recording(self._rows(len(tokens)), self._pages(pages), points)
@@ -119,6 +121,8 @@ class DecodeGraphs:
         ]
         inputs[:, : len(tokens)] = torch.tensor(numbers, dtype=torch.int64).T
         recording.inputs.copy_(inputs, non_blocking=True)
+        if unread is not None:
+            unread.put(recording.inputs[0])
         recording.replay()
         if recording.summarise is not None and any((token.pos + 1) % PAGE_SIZE == 0 for token in tokens):
             recording.summarise()

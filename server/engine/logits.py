@@ -4,6 +4,7 @@ In vLLM's order: tokens forbidden by min_tokens, logit_bias, repetition penalty,
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.server.engine.request import SamplingParams
+from gossamer.server.engine.transfer import to_device
 
 
 class SampleRow:
@@ -50,15 +52,6 @@ class SampleRow:
         for token in output:
             self.append(token)
 
-    @property
-    def changed(self) -> bool:
-        """Whether anything in this file touches the next token's logits."""
-        return self.penalised or len(self.bias_ids) > 0 or self.forbids
-
-    @property
-    def forbids(self) -> bool:
-        return self.step < self.params.min_tokens and len(self.forbid) > 0
-
     def append(self, token: int) -> None:
         """`token` has been chosen."""
         self.step += 1
@@ -80,45 +73,74 @@ class SampleRow:
         if self._prompt_seen is None or self._prompt_seen.device != device:
             seen = np.zeros(vocab_size, dtype=np.bool_)
             seen[np.asarray(self._prompt, dtype=np.int64)] = True
-            self._prompt_seen = torch.from_numpy(seen).to(device)
+            self._prompt_seen = to_device(torch.from_numpy(seen), device)
         return self._prompt_seen
 
 
-def adjust(logits: Tensor, rows: Sequence[SampleRow]) -> None:
-    """Change `logits` [R, V] float32 in place. Every row depends on its own SampleRow alone."""
-    forbidden = _flat(logits, [(i, row.forbid, None) for i, row in enumerate(rows) if row.forbids])
+class Turn(NamedTuple):
+    """A row's next token is due. Where the token before that is only on the device yet, `place` says where it lies
+    among those of the step before."""
+
+    row: SampleRow
+    place: int | None = None
+
+    @property
+    def step(self) -> int:
+        """Tokens chosen so far, on the host or not."""
+        return self.row.step + (self.place is not None)
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything in this file touches the next token's logits."""
+        return self.row.penalised or len(self.row.bias_ids) > 0 or self.forbids
+
+    @property
+    def forbids(self) -> bool:
+        return self.step < self.row.params.min_tokens and len(self.row.forbid) > 0
+
+
+def adjust(logits: Tensor, turns: Sequence[Turn], unread: Tensor | None = None) -> None:
+    """Change `logits` [R, V] float32 in place. Every row depends on its own SampleRow alone, and on its token in
+    `unread` [S] int64."""
+    forbidden = _flat(logits, [(i, turn.row.forbid, None) for i, turn in enumerate(turns) if turn.forbids])
     if forbidden is not None:
         logits[forbidden[0], forbidden[1]] = -torch.inf
-    biased = _flat(logits, [(i, row.bias_ids, row.bias) for i, row in enumerate(rows) if len(row.bias_ids)])
+    biased = _flat(logits, [(i, t.row.bias_ids, t.row.bias) for i, t in enumerate(turns) if len(t.row.bias_ids)])
     if biased is not None:
         logits[biased[0], biased[1]] += biased[2]
-    penalised = [(i, row) for i, row in enumerate(rows) if row.penalised]
+    penalised = [(i, turn) for i, turn in enumerate(turns) if turn.row.penalised]
     if penalised:
-        _penalise(logits, penalised)
+        index = _to(logits, np.array([i for i, _ in penalised]))
+        logits[index] = _penalised(logits[index], [turn for _, turn in penalised], unread)
 
 
-def _penalise(logits: Tensor, rows: Sequence[tuple[int, SampleRow]]) -> None:
-    seen_rows = [(i, row) for i, row in rows if row.repeats]
-    if seen_rows:
-        index = _to(logits, np.array([i for i, _ in seen_rows]))
-        seen = torch.stack([row.prompt_seen(logits.shape[1], logits.device) for _, row in seen_rows])
-        written = _flat(logits, [(n, row.output_counts()[0], None) for n, (_, row) in enumerate(seen_rows)])
-        if written is not None:
-            seen[written[0], written[1]] = True
-        factor = _to(logits, np.array([[row.params.repetition_penalty] for _, row in seen_rows], dtype=np.float32))
-        chosen = logits[index]
-        logits[index] = torch.where(seen, torch.where(chosen > 0, chosen / factor, chosen * factor), chosen)
-    parts = []
-    for i, row in rows:
-        ids, counts = row.output_counts()
-        params = row.params
-        if len(ids) and (params.frequency_penalty or params.presence_penalty):
-            parts.append(
-                (i, ids, -(counts * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty)))
-            )
-    counted = _flat(logits, parts)
-    if counted is not None:
-        logits[counted[0], counted[1]] += counted[2]
+def _penalised(logits: Tensor, turns: Sequence[Turn], unread: Tensor | None) -> Tensor:
+    rows, counts = [turn.row for turn in turns], _counts(logits, turns, unread)
+    factors = np.array(
+        [[r.params.repetition_penalty, r.params.frequency_penalty, r.params.presence_penalty] for r in rows],
+        dtype=np.float32,
+    )
+    repetition, frequency, presence = _to(logits, factors)[:, :, None].unbind(1)
+    if any(row.repeats for row in rows):
+        none = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+        prompts = [row.prompt_seen(logits.shape[1], logits.device) if row.repeats else none for row in rows]
+        seen = torch.stack(prompts) | (counts > 0)
+        logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+    return torch.where(counts > 0, logits - (counts * frequency + presence), logits)
+
+
+def _counts(logits: Tensor, turns: Sequence[Turn], unread: Tensor | None) -> Tensor:
+    """[R, V] float32: how often each token was chosen so far."""
+    counts = torch.zeros_like(logits)
+    known = _flat(logits, [(n, *turn.row.output_counts()) for n, turn in enumerate(turns)])
+    if known is not None:
+        counts[known[0], known[1]] = known[2]
+    late = [(n, turn.place) for n, turn in enumerate(turns) if turn.place is not None]
+    if late:
+        assert unread is not None
+        row, place = _to(logits, np.array(late).T.copy()).unbind()
+        counts[row, unread[place]] += 1
+    return counts
 
 
 def _flat(
@@ -139,4 +161,4 @@ def _flat(
 
 
 def _to(logits: Tensor, values: NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(values).to(logits.device, non_blocking=True)
+    return to_device(torch.from_numpy(values), logits.device)

@@ -1,7 +1,15 @@
-"""The engine's loop: accept what came in, plan, run one step, publish. One thread, and all that it alone may touch."""
+"""The engine's loop: accept what came in, plan, launch a step, publish the one before it. One thread, and all that it
+alone may touch.
+
+On a GPU a step runs while the next one is planned and launched, so the device need not wait for the host. All that the
+next step has to know of the one before is how many tokens that chooses; the tokens themselves it takes on the device. A
+choice may turn out to have ended by then (an end token, a stop string, a cancellation): one token more is then computed
+for it, and nobody is told. Its pages can be given away at once: whatever uses them next is launched behind that.
+"""
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
@@ -9,7 +17,7 @@ from typing import Protocol
 
 from gossamer.server.engine.admission import QueueLoad
 from gossamer.server.engine.choice import NOT_FINITE
-from gossamer.server.engine.executor import Executor, Outcome
+from gossamer.server.engine.executor import Executor, Launched, Outcome
 from gossamer.server.engine.inflight import InFlight
 from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
 from gossamer.server.engine.request import AttentionUse, Event, FinishReason, Progress, Started
@@ -52,6 +60,19 @@ class Observer(Protocol):
     def finished(self, record: RequestRecord) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """A step that was launched and whose results have not been read."""
+
+    parts: list[Part]
+    launched: Launched
+    predicted: float  # seconds
+
+    @property
+    def work(self) -> list[tuple[int, int]]:
+        return [(part.first, part.new) for part in self.parts]
+
+
 @dataclass(slots=True)
 class Loop:
     """`run` is the engine thread. Others may put commands into `inbox` and read `accepting` and the times."""
@@ -61,12 +82,14 @@ class Loop:
     load: QueueLoad
     observer: Observer
     audit: bool = False  # check the page books after every step
+    ahead: bool = False  # launch a step before the one before it is read
     inbox: "SimpleQueue[Submit | Cancel | Stop]" = field(default_factory=SimpleQueue)
     accepting: bool = True
     _open: dict[str, InFlight] = field(default_factory=dict)
     _deadline: float | None = None  # of draining
-    _step_began: float | None = None  # None between steps
-    _step_predicted: float = 0.0
+    _under_way: deque[UnderWay] = field(default_factory=deque)  # in order; at most one when the loop turns
+    _step_began: float | None = None  # or when the step before it was complete; None while there is nothing to do
+    _step_predicted: float = 0.0  # seconds, of all that is under way
     _failures: int = 0
     _dead: bool = False
 
@@ -75,19 +98,20 @@ class Loop:
         try:
             while not self._done():
                 self._receive()
-                parts = self.scheduler.plan()
-                if parts:
-                    self._step(parts)
+                self._turn()
+            while self._under_way and not self._dead:
+                self._finish(self._under_way.popleft())
         except Exception:
             _log.exception("the engine's loop failed")
             self._dead = True
         finally:
             self.accepting = False
+            self._step_began = None
             self._receive_rest()
             self._end_all(DEAD if self._dead else SHUT_DOWN)
 
     def heartbeat_age(self) -> float:
-        """Seconds that the current step has been running; 0 between steps."""
+        """Seconds that the current step has been running; 0 while there is nothing to do."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
@@ -107,7 +131,9 @@ class Loop:
 
     def _receive(self) -> None:
         """Take what came in; wait for it when there is nothing to compute."""
-        idle = not self.scheduler.running and not self.scheduler.waiting
+        idle = not self.scheduler.running and not self.scheduler.waiting and not self._under_way
+        if idle:
+            self._step_began = None
         if idle and self._deadline is not None and not self._open:
             return
         try:
@@ -139,32 +165,58 @@ class Loop:
                 self.accepting = False
                 self._deadline = deadline
 
-    def _step(self, parts: list[Part]) -> None:
+    def _turn(self) -> None:
+        """Launch a step, then publish the one before it, or this one where steps are not launched ahead."""
+        parts = self.scheduler.plan()
+        launched = bool(parts) and self._launch(parts)
+        most = 1 if launched and self.ahead else 0
+        while len(self._under_way) > most:
+            self._finish(self._under_way.popleft())
+        if parts and not launched:
+            self._fail(parts)
+
+    def _launch(self, parts: list[Part]) -> bool:
+        """False when the step failed. What is under way goes on; of what failed, nothing is known to the cache."""
         began = time.monotonic()
-        work = [(part.first, part.new) for part in parts]
-        self._step_predicted = self.scheduler.pace.predict(work)
-        self._step_began = began
+        predicted = self.scheduler.pace.predict((part.first, part.new) for part in parts)
+        self._step_predicted = predicted + sum(step.predicted for step in self._under_way)
+        if self._step_began is None:
+            self._step_began = began
         self._note_admitted(parts, began)
         try:
-            outcome = self.executor.run(parts)
+            launched = self.executor.launch(parts, self._under_way[-1].launched if self._under_way else None)
+        except Exception:
+            _log.exception("a step failed; its requests end with an error")
+            return False
+        self.scheduler.launched(parts)
+        self._under_way.append(UnderWay(parts, launched, predicted))
+        return True
+
+    def _finish(self, step: UnderWay) -> None:
+        """Wait for a step's results and publish them."""
+        try:
+            outcome = self.executor.collect(step.launched)
             self._failures = 0
         except Exception:
             _log.exception("a step failed; its requests end with an error")
-            self._fail(parts)
+            self.scheduler.cache.clear_prefixes()  # its pages can be found already
+            self._fail(step.parts)
             return
-        finally:
-            self._step_began = None
-        self.scheduler.computed(parts)
-        self._publish(parts, outcome)
-        seconds = time.monotonic() - began
-        self.scheduler.pace.learn(work, seconds)
+        assert self._step_began is not None
+        began, self._step_began = self._step_began, time.monotonic()
+        seconds = self._step_began - began
+        self.scheduler.arrived(step.parts)
+        open_parts = [part for part in step.parts if not part.sequence.ended]
+        generated = self._publish(step.parts, outcome)
+        self.scheduler.pace.learn(step.work, seconds)
         if self.audit:
             self.scheduler.cache.audit()
-        self.observer.step(_step_record(parts, outcome, seconds))
+        self.observer.step(_step_record(open_parts, step.launched, generated, seconds))
 
     def _note_admitted(self, parts: Items[Part], now: float) -> None:
         """Sequences that compute for the first time stop counting as waiting."""
-        for sequence, _, _ in parts:
+        for part in parts:
+            sequence = part.sequence
             if sequence.admitted_at is None:
                 sequence.admitted_at = now
                 self._unqueue(self._open[sequence.request.id], sequence)
@@ -179,13 +231,14 @@ class Loop:
             flight.prompt_counted = False
             self.load.leave(0, len(flight.request.prompt))
 
-    def _publish(self, parts: Items[Part], outcome: Outcome) -> None:
-        now = time.monotonic()
+    def _publish(self, parts: Items[Part], outcome: Outcome) -> int:
+        """How many tokens were published."""
+        now, published = time.monotonic(), 0
         for part, reads in zip(parts, outcome.reads, strict=True):
             sequence = part.sequence
-            sequence.reads = sequence.reads.plus(reads)
             if sequence.ended:
-                continue  # with another choice of its request, just now
+                continue  # since the step was launched, or with another choice of its request just now
+            sequence.reads = sequence.reads.plus(reads)
             flight = self._open[sequence.request.id]
             if sequence in outcome.not_finite:
                 self._break_off(flight, NOT_FINITE)
@@ -204,20 +257,24 @@ class Loop:
                 continue  # the callback failed
             sampled = outcome.sampled.get(sequence)
             delta = choice.finish_empty() if sampled is None else choice.accept(sampled)
+            published += len(delta.tokens)
             self._note_token(flight, sequence, now)
             if (reason := delta.finish_reason) is not None:
                 delta = replace(delta, attention=self._attention(sequence))
                 self._end(flight, sequence, reason)
             self._send(flight, delta)
+        return published
 
     def _attention(self, sequence: Sequence) -> AttentionUse:
         cache, reads = self.scheduler.cache, sequence.reads
-        held = zip(cache.held(sequence.table), cache.pools, strict=True)
+        # Not what its table holds now: that may have grown for a token that nobody will see.
+        length, size = sequence.settled, cache.page_size
+        held = [-(-length // size) - len(rule.released(length, size)) for rule in sequence.table.rules]
         whole = reads.prefill_read + reads.decode_read >= reads.prefill_possible + reads.decode_possible
         return AttentionUse(
             point=sequence.point.name,
             **reads._asdict(),
-            kv_bytes=sum(pages * pool.bytes_per_page for pages, pool in held),
+            kv_bytes=sum(pages * pool.bytes_per_page for pages, pool in zip(held, cache.pools, strict=True)),
             dense_because=None if not whole else "policy" if sequence.point.is_dense else "short",
         )
 
@@ -240,12 +297,12 @@ class Loop:
 
     def _fail(self, parts: Items[Part]) -> None:
         """The step is lost: its requests end, the others go on, and too many failures in a row end the engine."""
+        self._step_began = time.monotonic()
         self._failures += 1
         self._dead = self._failures >= MOST_FAILURES
         for part in parts:
-            flight = self._open.get(part.sequence.request.id)
-            if flight is not None:
-                self._break_off(flight, STEP_FAILED)
+            if not part.sequence.ended:
+                self._break_off(self._open[part.sequence.request.id], STEP_FAILED)
 
     def _break_off(self, flight: InFlight, message: str) -> None:
         """End every open choice of a request with an error."""
@@ -270,16 +327,16 @@ class Loop:
             del self._open[flight.request.id]
 
 
-def _step_record(parts: Items[Part], outcome: Outcome, seconds: float) -> StepRecord:
+def _step_record(parts: Items[Part], launched: Launched, generated: int, seconds: float) -> StepRecord:
     prompt = sum(min(p.new, max(0, p.sequence.prompt_length - p.first)) for p in parts)
     return StepRecord(
         prompt_tokens=prompt,
-        generated_tokens=len(outcome.sampled),
+        generated_tokens=generated,
         sequences=len(parts),
         seconds=seconds,
-        model_seconds=outcome.model_seconds,
-        select_seconds=outcome.select_seconds,
-        attend_seconds=outcome.attend_seconds,
+        model_seconds=launched.model_seconds,
+        select_seconds=launched.select_seconds,
+        attend_seconds=launched.attend_seconds,
     )
 
 

@@ -7,12 +7,12 @@ from gossamer.server.engine.request import AttentionUse, FinishReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """One forward pass."""
+    """One forward pass. What it computed for choices that had ended before it did is not counted."""
 
     prompt_tokens: int  # computed in this step
     generated_tokens: int
     sequences: int
-    seconds: float  # of the whole step
+    seconds: float  # since the step before it was complete, or since its launch when the engine had nothing to do
     model_seconds: float  # of the model's forward, attention included; on a GPU, until it is launched
     select_seconds: float  # of these, for choosing keys; 0 on a GPU
     attend_seconds: float  # of these, for attention itself; 0 on a GPU

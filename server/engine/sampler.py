@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.server.engine.logits import SampleRow, adjust
+from gossamer.server.engine.logits import SampleRow, Turn, adjust
 from gossamer.server.engine.request import TokenLogprob
+from gossamer.server.engine.transfer import numbers_to_device, to_device
 
 _UNIT = 1 << 40  # weight of the most likely token; a million tokens still sum up below 2**63
 _ID_BITS = 20  # vocabularies of up to a million tokens
@@ -40,59 +41,73 @@ class Sampled:
     finite: bool
 
 
-class Sampler:
-    """Chooses the next tokens. Holds no state; the device is read once per call."""
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The next tokens of a batch, still on the device."""
 
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-        """`logits` [R, V] float, one row per choice, left unchanged. V at most 2**20. The rows are not told of their
-        tokens here.
-        """
-        assert logits.shape[0] == len(rows) and logits.shape[1] <= 1 << _ID_BITS
-        if not rows:
-            return []
-        peak, token = logits.max(dim=1)  # the first of equal maxima; NaN when there is one
-        finite = peak.isfinite()
-        scores = logits
-        if any(row.changed for row in rows):
-            scores = logits.to(torch.float32, copy=True)
-            adjust(scores, rows)
-            peak, token = scores.max(dim=1)
-        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
-        if drawn:
-            some = _draw_all(_select(scores, drawn), _select(peak, drawn), [rows[i] for i in drawn])
-            token = some if len(drawn) == len(rows) else token.index_copy(0, _index(drawn, logits), some)
-        columns = [token.double()[:, None], finite.double()[:, None]]
-        asked = [(i, row.params.logprobs) for i, row in enumerate(rows) if row.params.logprobs is not None]
-        if asked:
-            index = [i for i, _ in asked]
-            most = min(max(wanted for _, wanted in asked), logits.shape[1])
-            part = _logprobs_all(_select(logits, index), _select(token, index), most)
-            columns.append(part.new_zeros(len(rows), part.shape[1]).index_copy(0, _index(index, logits), part))
-        table = torch.cat(columns, dim=1).tolist()  # float64 holds ids and float32 exactly
+    tokens: Tensor  # [R] int64
+    table: Tensor  # [R, 2 + ...] float64: the token, whether the logits were finite, log-probabilities where asked for
+    wanted: tuple[int | None, ...]  # per row, its `logprobs`
+
+    def read(self, table: Tensor) -> list[Sampled]:
+        """What each row gets. `table`: the same numbers on the host."""
         return [
             Sampled(
                 token=int(line[0]),
-                logprob=_read(int(line[0]), line[2:], row.params.logprobs) if line[1] else None,
+                logprob=_read(int(line[0]), line[2:], wanted) if line[1] else None,
                 finite=bool(line[1]),
             )
-            for row, line in zip(rows, table, strict=True)
+            for line, wanted in zip(table.tolist(), self.wanted, strict=True)
         ]
 
-    def prompt_logprobs(self, logits: Tensor, next_tokens: Tensor | Sequence[int], top: int) -> list[TokenLogprob]:
-        """Log-probabilities of given tokens. `logits` [N, V], row i before `next_tokens[i]`; `top`: how many of the
-        most likely, too.
 
-        Raises ValueError when the logits hold NaN or infinity.
+class Sampler:
+    """Chooses the next tokens, and scores given ones. Holds no state, and never reads the device."""
+
+    def draw(self, logits: Tensor, turns: Sequence[Turn], unread: Tensor | None = None) -> Draw:
+        """`logits` [R, V] float, one row per turn, left unchanged; R at least 1, V at most 2**20. The rows are not told
+        of their tokens here. `unread`: the tokens of the step before, where a turn says that its row's lies there.
         """
-        tokens = torch.as_tensor(next_tokens, dtype=torch.int64).to(logits.device)
-        assert logits.shape[0] == tokens.shape[0]
-        if not len(tokens):
-            return []
-        found = _logprobs_all(logits, tokens, min(top, logits.shape[1]))
-        table = torch.cat([tokens.double()[:, None], found], dim=1).tolist()
-        if any(line[1] != line[1] for line in table):
-            raise ValueError("The model's logits for the prompt are not finite.")
-        return [TokenLogprob(int(line[0]), line[1], _top(line[2:], top)) for line in table]
+        assert logits.shape[0] == len(turns) > 0 and logits.shape[1] <= 1 << _ID_BITS
+        peak, token = logits.max(dim=1)  # the first of equal maxima; NaN when there is one
+        finite = peak.isfinite()
+        scores = logits
+        if any(turn.changed for turn in turns):
+            scores = logits.to(torch.float32, copy=True)
+            adjust(scores, turns, unread)
+            peak, token = scores.max(dim=1)
+        drawn = [i for i, turn in enumerate(turns) if not turn.row.params.greedy]
+        if drawn:
+            some = _draw_all(_select(scores, drawn), _select(peak, drawn), [turns[i] for i in drawn])
+            token = some if len(drawn) == len(turns) else token.index_copy(0, _index(drawn, logits), some)
+        columns = [token.double()[:, None], finite.double()[:, None]]
+        wanted = tuple(turn.row.params.logprobs for turn in turns)
+        asked = [(i, top) for i, top in enumerate(wanted) if top is not None]
+        if asked:
+            index = [i for i, _ in asked]
+            most = min(max(top for _, top in asked), logits.shape[1])
+            part = _logprobs_all(_select(logits, index), _select(token, index), most)
+            columns.append(part.new_zeros(len(turns), part.shape[1]).index_copy(0, _index(index, logits), part))
+        return Draw(token, torch.cat(columns, dim=1), wanted)  # float64 holds ids and float32 exactly
+
+    def score(self, logits: Tensor, next_tokens: Sequence[int], top: int) -> Tensor:
+        """Log-probabilities of given tokens, for `read_scores`. `logits` [N, V], row i before `next_tokens[i]`; `top`:
+        how many of the most likely, too. -> [N, 2 + 2 * top] float64.
+        """
+        assert logits.shape[0] == len(next_tokens)
+        tokens = numbers_to_device(next_tokens, logits.device)
+        top = min(top, logits.shape[1])
+        if not len(next_tokens):
+            return torch.zeros(0, 2 + 2 * top, dtype=torch.float64, device=logits.device)
+        return torch.cat([tokens.double()[:, None], _logprobs_all(logits, tokens, top)], dim=1)
+
+
+def read_scores(table: Tensor) -> list[TokenLogprob] | None:
+    """What `Sampler.score` found, on the host. None when the logits held NaN or infinity."""
+    lines = table.tolist()
+    if any(line[1] != line[1] for line in lines):
+        return None
+    return [TokenLogprob(int(line[0]), line[1], _top(line[2:])) for line in lines]
 
 
 def uniform(seed: int, step: int) -> float:
@@ -109,18 +124,19 @@ def _parts(logits: Tensor) -> list[slice]:
     return [slice(i, i + height) for i in range(0, logits.shape[0], height)]
 
 
-def _draw_all(scores: Tensor, peak: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    return torch.cat([_draw(scores[part].float(), peak[part].float(), rows[part]) for part in _parts(scores)])
+def _draw_all(scores: Tensor, peak: Tensor, turns: Sequence[Turn]) -> Tensor:
+    return torch.cat([_draw(scores[part].float(), peak[part].float(), turns[part]) for part in _parts(scores)])
 
 
 def _logprobs_all(logits: Tensor, tokens: Tensor, top: int) -> Tensor:
     return torch.cat([_logprobs(logits[part], tokens[part], top) for part in _parts(logits)])
 
 
-def _draw(scores: Tensor, peak: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def _draw(scores: Tensor, peak: Tensor, turns: Sequence[Turn]) -> Tensor:
     """[D] tokens by chance from `scores` [D, V] float32; `peak` [D] holds each row's maximum."""
-    numbers = [(max(row.params.temperature, 1e-5), uniform(row.seed, row.step)) for row in rows]
-    host = torch.tensor(numbers, dtype=torch.float64).to(scores.device, non_blocking=True)
+    rows = [turn.row for turn in turns]
+    numbers = [(max(turn.row.params.temperature, 1e-5), uniform(turn.row.seed, turn.step)) for turn in turns]
+    host = to_device(torch.tensor(numbers, dtype=torch.float64), scores.device)
     relative = (scores - peak[:, None]).div_(host[:, :1].float()).double()
     weights = relative.exp_().mul_(_UNIT).round_().long()
     weights.masked_fill_(scores == peak[:, None], _UNIT)  # also where every token is forbidden: infinity minus infinity
@@ -139,7 +155,7 @@ def _filtered(weights: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """[D, V] weights with those outside min_p, top_k and top_p set to 0. The most likely token always stays."""
     vocab = weights.shape[1]
     numbers = [(row.params.min_p, row.params.top_k or vocab, row.params.top_p) for row in rows]
-    host = torch.tensor(numbers, dtype=torch.float64).to(weights.device, non_blocking=True)
+    host = to_device(torch.tensor(numbers, dtype=torch.float64), weights.device)
     least, depth, share = host[:, :1], host[:, 1:2], host[:, 2:]
     weights = weights.masked_fill(weights < (least * _UNIT).ceil(), 0)
     deepest = min(vocab, max(row.params.top_k or vocab for row in rows))
@@ -191,16 +207,16 @@ def _logprobs(logits: Tensor, tokens: Tensor, top: int) -> Tensor:
 def _read(token: int, line: list[float], wanted: int | None) -> TokenLogprob | None:
     if wanted is None:
         return None
-    return TokenLogprob(token, line[0], _top(line[1:], wanted))
+    return TokenLogprob(token, line[0], _top(line[1:])[:wanted])
 
 
-def _top(line: list[float], wanted: int) -> tuple[tuple[int, float], ...]:
+def _top(line: list[float]) -> tuple[tuple[int, float], ...]:
     half = len(line) // 2
-    return tuple(zip(map(int, line[:half][:wanted]), line[half:][:wanted], strict=True))
+    return tuple(zip(map(int, line[:half]), line[half:], strict=True))
 
 
 def _index(rows: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64).to(like.device, non_blocking=True)
+    return numbers_to_device(rows, like.device)
 
 
 def _select(values: Tensor, rows: list[int]) -> Tensor:

@@ -6,6 +6,10 @@ that it always moves on, the other half to those with the least left, so that sh
 
 A sequence that finds no page takes them from the last in rank, which is recomputed later; it never takes from one
 before it. The first in rank can therefore always finish.
+
+A step may be planned while the one before it is under way: a sequence whose next token that one chooses is planned to
+feed it, by its length alone (`Sequence.unread`). What was launched counts as computed: whatever reads or overwrites its
+pages is launched behind it, on the same stream.
 """
 
 from bisect import insort
@@ -26,11 +30,12 @@ class Part(NamedTuple):
     sequence: Sequence
     first: int
     new: int
+    samples: bool  # whether the next token follows from it
 
     @property
-    def samples(self) -> bool:
-        """Whether a token can be sampled after the step."""
-        return self.first + self.new == len(self.sequence.tokens)
+    def chooses(self) -> bool:
+        """Whether that token is wanted: a request may ask for none."""
+        return self.samples and self.sequence.request.params.max_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +87,24 @@ class Scheduler:
                 self._take(sequence, chunk, parts)
         return list(parts.values())
 
-    def computed(self, parts: Items[Part]) -> None:
-        """The step is done: enter full pages into the prefix index and release what the rules no longer keep."""
-        for sequence, _, _ in parts:
-            self.cache.seal(sequence.table, sequence.tokens)
+    def launched(self, parts: Items[Part]) -> None:
+        """The step is under way: enter full pages of known tokens into the prefix index, release what the rules no
+        longer keep, and count the tokens that are being chosen."""
+        for part in parts:
+            sequence = part.sequence
+            self.cache.seal(sequence.table, sequence.tokens, min(sequence.computed, len(sequence.tokens)))
             self.cache.trim(sequence.table)
+            sequence.unread += part.chooses
+
+    def arrived(self, parts: Items[Part]) -> None:
+        """The step's results are on the host, and its sequences are about to be told. Pages that it filled with a token
+        that was not known then can be found from now on."""
+        for part in parts:
+            sequence = part.sequence
+            sequence.unread -= part.chooses
+            sequence.settled = part.first + part.new
+            if sequence.running:  # and has its pages still
+                self.cache.seal(sequence.table, sequence.tokens, part.first + part.new)
 
     def _take(self, sequence: Sequence, tokens: int, parts: dict[Sequence, Part]) -> int:
         """Give `sequence` pages for `tokens` more tokens, from sequences behind it if need be: how many it got."""
@@ -98,7 +116,7 @@ class Scheduler:
             self._preempt(last)
         first = sequence.computed
         self.cache.grow(sequence.table, tokens)
-        parts[sequence] = Part(sequence, first, tokens)
+        parts[sequence] = Part(sequence, first, tokens, first + tokens == sequence.chosen)
         return tokens
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -199,7 +217,7 @@ class Scheduler:
 
     def _outstanding(self, sequence: Sequence) -> tuple[int, ...]:
         """Per group, the pages that the sequence's known tokens, and the next one, will still need."""
-        table, known = sequence.table, len(sequence.tokens)
+        table, known = sequence.table, sequence.chosen
         need = self.cache.pages_needed(table.rules, known + 1, min(self.limits.step_tokens, known))
         return tuple(max(0, pages - held) for pages, held in zip(need, table.held, strict=True))
 

@@ -14,7 +14,7 @@ class Sequence:
     """Touched by the engine thread alone.
 
     Progress is one number, `computed`: prompt chunks, generated tokens, prefix hits and recomputation after a
-    preemption all move it towards `len(tokens)`.
+    preemption all move it towards `chosen`.
     """
 
     request: Request
@@ -23,8 +23,10 @@ class Sequence:
     point: OperatingPoint
     table: PageTable  # empty while waiting
     row: SampleRow  # how its tokens are chosen
-    tokens: list[int]  # the prompt, then what was generated
+    tokens: list[int]  # the prompt, then what was generated, as far as the host knows
     leader: "Sequence | None" = None  # the choice of the same request whose prompt pages this one waits to reuse
+    unread: int = 0  # tokens behind `tokens` that steps under way choose: only the device knows them
+    settled: int = 0  # tokens whose computation has come to its end
     running: bool = False
     cached: int = 0  # tokens found in the prefix cache at first admission
     admitted_at: float | None = None
@@ -45,14 +47,20 @@ class Sequence:
         self.row.append(token)
 
     @property
+    def chosen(self) -> int:
+        """Length of the prompt and all that was generated, on the host or not."""
+        return len(self.tokens) + self.unread
+
+    @property
     def computed(self) -> int:
-        """Tokens whose keys and values are in the cache."""
+        """Tokens whose keys and values are in the cache, or will be after the step under way."""
         return self.table.length
 
     @property
     def pending(self) -> int:
-        """Tokens still to compute before the next one can be sampled."""
-        return len(self.tokens) - self.computed
+        """Tokens still to compute before the next one can be sampled; none when no next one may come."""
+        last = self.prompt_length + max(0, self.request.params.max_tokens - 1)
+        return min(self.chosen, last) - self.computed
 
     @property
     def generated(self) -> int:
