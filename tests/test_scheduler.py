@@ -98,7 +98,8 @@ def shares(parts: list[Part]) -> dict[Sequence, int]:
 
 
 class Lives(RuleBasedStateMachine):
-    """Requests come, compute, are preempted, cancelled and finish, in a cache that is nearly too small for them."""
+    """Requests come, compute, are preempted, cancelled and finish, in a cache that is nearly too small for them. Where
+    steps are launched `ahead`, each is planned before the one before it has said whether its choices go on."""
 
     @initialize(
         spare=st.tuples(st.integers(0, 8), st.integers(0, 8)),
@@ -106,6 +107,7 @@ class Lives(RuleBasedStateMachine):
         step_tokens=st.integers(5, 24),
         seconds_per_unit=st.sampled_from([None, 0.001, 0.1, 10.0]),
         prefix_caching=st.booleans(),
+        ahead=st.booleans(),
     )
     def start(
         self,
@@ -114,6 +116,7 @@ class Lives(RuleBasedStateMachine):
         step_tokens: int,
         seconds_per_unit: float | None,
         prefix_caching: bool,
+        ahead: bool,
     ) -> None:
         least = KeepAll().most_pages(LONGEST, step_tokens, PAGE)
         self.scheduler = make_scheduler(
@@ -123,9 +126,12 @@ class Lives(RuleBasedStateMachine):
             pace=Pace(20.0, seconds_per_unit),
             prefix_caching=prefix_caching,
         )
+        self.ahead = ahead
+        self.under_way: list[list[Part]] = []
         self.whole = True  # no step broke off in the middle
         self.alive: list[Sequence] = []
         self.salts: dict[Sequence, bytes] = {}
+        self.ends: dict[Sequence, int] = {}  # tokens after which the choice turns out to have ended
         self.computed: set[tuple[bytes, tuple[int, ...]]] = set()  # every prefix of whole pages computed so far
         self.queried = self.hits = 0
 
@@ -139,6 +145,7 @@ class Lives(RuleBasedStateMachine):
         rules=st.sampled_from([ALL, STREAMING]),
         salted=st.booleans(),
         scored=st.sampled_from([None, None, None, 0]),
+        early=st.sampled_from([0, 0, 1, 2, 7]),
     )
     def submit(
         self,
@@ -151,6 +158,7 @@ class Lives(RuleBasedStateMachine):
         rules: tuple[Retention, ...],
         salted: bool,
         scored: int | None,
+        early: int,
     ) -> None:
         prompt = ([0] * shared + [variant] * own)[: LONGEST - max_tokens]
         salt = repr((rules, salted)).encode()
@@ -166,6 +174,7 @@ class Lives(RuleBasedStateMachine):
         )
         self.alive += choices
         self.salts.update(dict.fromkeys(choices, salt))
+        self.ends.update(dict.fromkeys(choices, max(1, max_tokens - early)))
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -186,23 +195,30 @@ class Lives(RuleBasedStateMachine):
     def step(self) -> None:
         scheduler, self.whole = self.scheduler, False
         before = {s: (s.running, s.computed, s.preemptions) for s in self.alive}
+        due = {s for s in self.alive if s.pending}
         waited_first = [s for s in scheduler.waiting if s.admitted_at is None]
         parts = scheduler.plan()
-        assert parts, "there was work, and nothing was planned"
+        assert parts or self.under_way, "there was work, and nothing was planned"
         self.check()
         preempted = [s for s in self.alive if s.preemptions > before[s][2]]
         for sequence, first, new, _ in parts:
             ran, done, _ = before[sequence]
             assert sequence.running and new >= 1
             assert first == (done if ran else sequence.cached if sequence.preemptions == 0 else first)
-            assert first + new == sequence.computed <= len(sequence.tokens)
+            assert first + new == sequence.computed <= sequence.chosen
+            assert sequence.computed < sequence.prompt_length + sequence.request.params.max_tokens
         assert sum(part.new for part in parts) <= scheduler.limits.step_tokens
         assert len(scheduler.running) <= scheduler.limits.sequences
-        assert scheduler.running[0] in shares(parts), "the first in rank stood still"
+        for first_in_rank in scheduler.running[:1]:
+            assert first_in_rank in shares(parts) or first_in_rank not in due, "the first in rank stood still"
         if preempted:
             assert max(s.rank for s in scheduler.running) < min(s.rank for s in preempted)
         self.admitted([s for s in waited_first if s.running or s in preempted])
         self.compute(parts)
+        if parts:
+            self.under_way.append(parts)
+        while len(self.under_way) > (1 if self.ahead and parts else 0):
+            self.finish(self.under_way.pop(0))
         self.whole = True
 
     def admitted(self, sequences: list[Sequence]) -> None:
@@ -220,11 +236,12 @@ class Lives(RuleBasedStateMachine):
 
     def compute(self, parts: list[Part]) -> None:
         """Write a hash of the prefix where each new token's key belongs, and read back what its query may see."""
-        scheduler = self.scheduler
-        views = scheduler.cache.views([part.sequence.table for part in parts])
+        if not parts:
+            return
+        views = self.scheduler.cache.views([part.sequence.table for part in parts])
         for row, (sequence, first, new, _) in enumerate(parts):
-            salt = self.salts[sequence]
-            expected = [float(crc32(salt + bytes(sequence.tokens[: i + 1])) & 0xFFFF) for i in range(sequence.computed)]
+            salt, tokens = self.salts[sequence], sequence.tokens + [1] * sequence.unread
+            expected = [float(crc32(salt + bytes(tokens[: i + 1])) & 0xFFFF) for i in range(sequence.computed)]
             for view in views.layer(0):
                 table, last = view.table[row].tolist(), sequence.computed - 1
                 for position in range(first, first + new):
@@ -235,19 +252,23 @@ class Lives(RuleBasedStateMachine):
                         page = table[position // PAGE]
                         assert page != NULL_PAGE
                         assert float(view.k[0, page, position % PAGE, 0]) == expected[position]
-            if sequence.lacks_prompt_logprobs:
-                known = max(first + new + 1, len(sequence.prompt_logprobs))
-                sequence.prompt_logprobs = [None] * min(known, sequence.prompt_length)
-        scheduler.launched(parts)
-        scheduler.arrived(parts)
-        for part in parts:
-            sequence, salt = part.sequence, self.salts[part.sequence]
             for end in range(PAGE, sequence.computed + 1, PAGE):
-                self.computed.add((salt, tuple(sequence.tokens[:end])))
-            if part.samples:
+                self.computed.add((salt, tuple(tokens[:end])))
+        self.scheduler.launched(parts)
+        self.check()
+
+    def finish(self, parts: list[Part]) -> None:
+        """The results are there. Choices may have ended meanwhile, or been preempted."""
+        self.scheduler.arrived(parts)
+        for part in parts:
+            sequence = part.sequence
+            if sequence.lacks_prompt_logprobs:
+                known = max(part.first + part.new + 1, len(sequence.prompt_logprobs))
+                sequence.prompt_logprobs = [None] * min(known, sequence.prompt_length)
+            if part.samples and not sequence.ended:
                 sequence.append(1)
-                if sequence.generated >= sequence.request.params.max_tokens:
-                    scheduler.remove(sequence)
+                if sequence.generated >= self.ends[sequence]:
+                    self.scheduler.remove(sequence)
                     self.alive.remove(sequence)
         self.check()
 
@@ -266,11 +287,12 @@ class Lives(RuleBasedStateMachine):
         if not getattr(self, "whole", False):
             return
         bound = 10 + 2 * sum(s.prompt_length + s.request.params.max_tokens for s in self.alive)
-        while self.alive:
+        while self.alive or self.under_way:
             self.step()
             bound -= 1
             assert bound > 0, "the sequences do not come to an end"
         assert all(stats.pages_owned == 0 for stats in self.scheduler.cache.stats())
+        assert all(sequence.unread == 0 for sequence in self.salts)
 
 
 Lives.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)

@@ -205,6 +205,7 @@ class Loop:
         assert self._step_began is not None
         began, self._step_began = self._step_began, time.monotonic()
         seconds = self._step_began - began
+        self._step_predicted = sum(each.predicted for each in self._under_way)
         self.scheduler.arrived(step.parts)
         open_parts = [part for part in step.parts if not part.sequence.ended]
         generated = self._publish(step.parts, outcome)
