@@ -93,11 +93,17 @@ def answers(engine: Engine, points: tuple[str, ...]) -> list[Answer]:
     return asked
 
 
-@pytest.mark.parametrize("points", [("sparse",) * 3, ("sparse", "exact", "sparse")], ids=["one point", "two points"])
-def test_recorded_steps_answer_as_others_do(checkpoint: Path, model: Model, points: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("points", "ahead"),
+    [(("sparse",) * 3, False), (("sparse", "exact", "sparse"), True)],
+    ids=["one point", "two points, launched ahead"],
+)
+def test_recorded_steps_answer_as_others_do(
+    checkpoint: Path, model: Model, points: tuple[str, ...], ahead: bool
+) -> None:
     record = FakeRecorder()
     plain = answers(engine_of(checkpoint, model, None), points)
-    recorded = answers(engine_of(checkpoint, model, record), points)
+    recorded = answers(engine_of(checkpoint, model, record, ahead=ahead), points)
     assert record.replayed >= ASKED - 1  # more where a sequence began alone
     for mine, theirs in zip(recorded, plain, strict=True):
         assert mine.tokens() == theirs.tokens()

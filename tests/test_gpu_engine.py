@@ -1,4 +1,5 @@
-"""The engine on a GPU: nothing in a forward pass waits for the device, and recorded steps answer as others do."""
+"""The engine on a GPU: nothing that launches a step waits for the device, and steps that are recorded, or launched one
+ahead, answer as others do."""
 
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ pytestmark = pytest.mark.gpu
 RATIO, DIM = 2, 32
 FEW = Budget("tokens", 192)
 LENGTHS = (70, 250, 400, 515)
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 1.0, "seed": 1, "top_p": 0.9, "logprobs": 2},
+    {"temperature": 1.0, "seed": 2, "top_k": 20, "presence_penalty": 1.0, "stop_token_ids": tuple(range(4, 12))},
+    {"repetition_penalty": 1.5, "frequency_penalty": 0.5, "min_tokens": 5, "prompt_logprobs": 1},
+)
 
 
 def policy() -> AttentionPolicy:
@@ -41,44 +48,40 @@ def there(checkpoint: Path) -> Model:
 
 @pytest.fixture
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward pass that waits for the device fails."""
+    """A launch that waits for the device fails."""
+    launch, recording = Executor.launch, DecodeGraphs._recording
 
-    def watched(name: str) -> Any:
-        plain = getattr(Executor, name)
-
-        def run(executor: Executor, *given: Any) -> Any:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return plain(executor, *given)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        return run
-
-    monkeypatch.setattr(Executor, "_forward", watched("_forward"))
-    replay = DecodeGraphs._recording
+    def watched(executor: Executor, *given: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(executor, *given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     def recorded(graphs: DecodeGraphs, *key: Any) -> Any:
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("default")  # recording may wait, replaying may not
         try:
-            return replay(graphs, *key)
+            return recording(graphs, *key)
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
+    monkeypatch.setattr(Executor, "launch", watched)
     monkeypatch.setattr(DecodeGraphs, "_recording", recorded)
-    monkeypatch.setattr(Executor, "_replay", watched("_replay"))
 
 
-def answers(checkpoint: Path, there: Model, graphs: bool) -> list[list[int]]:
+def answers(checkpoint: Path, there: Model, graphs: bool, ahead: bool) -> list[list[int]]:
     generator = torch.Generator().manual_seed(4)
     prompts = [torch.randint(4, VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
-    options: dict[str, Any] = {"policy": policy(), "cuda_graphs": graphs, "device": "cuda"}
-    with running_engine(checkpoint, model=there, **options) as engine:
-        assert (engine._loop.executor.graphs is not None) is graphs
+    options: dict[str, Any] = {"cuda_graphs": graphs, "async_scheduling": ahead, "device": "cuda"}
+    with running_engine(checkpoint, model=there, policy=policy(), **options) as engine:
+        assert (engine._loop.executor.graphs is not None) is graphs and engine._loop.ahead is ahead
         found = []
         for points in (("exact",) * 4, ("sparse",) * 4, ("sparse", "exact") * 2):
-            asked = [ask(engine, p, point=at, max_tokens=40) for p, at in zip(prompts, points, strict=True)]
+            asked = [
+                ask(engine, p, point=at, max_tokens=40, **kind)
+                for p, at, kind in zip(prompts, points, KINDS, strict=True)
+            ]
             found += [answer.tokens() for answer in asked]
         if graphs:
             recorded = engine._loop.executor.graphs
@@ -107,5 +110,8 @@ def test_fused_kernels_compute_what_others_do(tmp_path: Path, family: str) -> No
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
-def test_recorded_steps_answer_as_others_do(checkpoint: Path, there: Model, strict: None) -> None:
-    assert answers(checkpoint, there, True) == answers(checkpoint, there, False)
+def test_steps_answer_alike(checkpoint: Path, there: Model, strict: None) -> None:
+    """Recorded or not, in turn or one ahead."""
+    expected = answers(checkpoint, there, False, False)
+    for graphs, ahead in ((True, True), (True, False), (False, True)):
+        assert answers(checkpoint, there, graphs, ahead) == expected

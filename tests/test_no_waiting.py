@@ -1,4 +1,5 @@
-"""On a GPU, no forward pass waits for the device or for a copy: seen on tensors without data.
+"""On a GPU, neither a forward pass nor the choice of tokens waits for the device or for a copy: seen on tensors without
+data.
 
 Tensors on torch's device "meta" have a shape and no numbers, so reading one raises. Here they say that they lie on a
 GPU, and Triton's kernels are not launched."""
@@ -25,9 +26,15 @@ from gossamer.kvcache.cache import KVCache
 from gossamer.kvcache.groups import group_heads
 from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
 from gossamer.kvcache.table import PageTable
+from gossamer.server.engine.executor import Executor
 from gossamer.server.engine.fused import fuse
 from gossamer.server.engine.graphs import DecodeGraphs, Tensors
+from gossamer.server.engine.logits import SampleRow
 from gossamer.server.engine.model import Model
+from gossamer.server.engine.request import Request, SamplingParams
+from gossamer.server.engine.sampler import Sampler
+from gossamer.server.engine.scheduler import Part
+from gossamer.server.engine.sequence import Sequence
 
 pytest.importorskip("triton")
 
@@ -198,6 +205,52 @@ def check_recorded(there: Model, cache: KVCache, names: tuple[str, ...]) -> None
     graphs = DecodeGraphs(there, cache, 4, 16, every_backend().points, record)
     recording = graphs._make(4, 16, tuple(map(every_backend().point, names)))
     assert recording.logits.shape == (4, VOCAB) and recording.reads.read[True].shape == (4,)
+
+
+SAMPLED: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"logprobs": 3},
+    {"top_p": 0.9, "min_p": 0.01},
+    {"top_k": 5, "logprobs": 0},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"repetition_penalty": 1.5, "logit_bias": ((3, 2.0),), "min_tokens": 50},
+]
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "recorded"])
+def test_whole_steps(there: Model, cache: KVCache, graphs: bool) -> None:
+    """A scored prompt and the newest tokens of others; then the next token of each, twice, before anything is read."""
+    point = every_backend().points[0]
+    executor, replayed = Executor(there, cache, Sampler()), list[None]()
+    if graphs:
+        executor.graphs = DecodeGraphs(
+            there, cache, 8, 64, (point,), lambda run: ((lambda: replayed.append(None)), run())
+        )
+        executor.graphs.record_ahead(lambda line: None)
+    parts = list[Part]()
+    for n, fields in enumerate(SAMPLED):
+        params, first = SamplingParams(**{"max_tokens": 90, **fields}), n == 0
+        request = Request(id=str(n), prompt=[5] * (70 + n), params=params, prompt_logprobs=2 if first else None)
+        row = SampleRow(params, seed=n, prompt=request.prompt, forbid=[1, 2])
+        table = cache.table([KeepAll()] * len(cache.groups), b"")
+        sequence = Sequence(request, 0, n, point, table, row, [*request.prompt])
+        if not first:
+            sequence.append(7)
+            cache.grow(table, sequence.prompt_length)
+        parts.append(Part(sequence, table.length, sequence.pending, True))
+    before = None
+    for turn in range(3):
+        for part in parts:
+            cache.grow(part.sequence.table, part.new)
+        with no_waiting():
+            before = executor.launch(parts, before)
+        assert list(before.choices) == [part.sequence for part in parts]
+        assert before.draw is not None and before.draw.tokens.device == GPU
+        assert [sequence.index for sequence in before.scored] == [0] * (turn == 0)
+        for part in parts:
+            part.sequence.unread = 1
+        parts = [Part(part.sequence, part.first + part.new, 1, True) for part in reversed(parts)]
+    assert len(replayed) == (2 if graphs else 0)
 
 
 def test_what_waits_is_seen(gpu: None) -> None:

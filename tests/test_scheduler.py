@@ -438,6 +438,58 @@ def test_pages_are_taken_from_the_last_in_rank() -> None:
     assert first.preemptions == 0
 
 
+def test_a_page_is_found_once_its_tokens_are_known() -> None:
+    """Its last one is chosen by a step that is still under way when the next one fills the page."""
+    scheduler = make_scheduler()
+    (sequence,) = make_request(scheduler, [2, 3, 4], max_tokens=3)
+    first = scheduler.plan()
+    scheduler.launched(first)
+    second = scheduler.plan()
+    assert (first, second) == ([Part(sequence, 0, 3, True)], [Part(sequence, 3, 1, True)]) and sequence.unread == 1
+    scheduler.launched(second)
+    assert (sequence.computed, sequence.unread, sequence.table.num_sealed) == (PAGE, 2, 0)
+    scheduler.arrived(first)
+    sequence.append(1)
+    assert sequence.table.num_sealed == 0
+    third = scheduler.plan()
+    assert third == [Part(sequence, 4, 1, True)]
+    scheduler.launched(third)
+    assert sequence.table.num_sealed == 1 and scheduler.plan() == [], "the last token that was asked for"
+    scheduler.arrived(second)
+    scheduler.remove(sequence)
+    (again,) = make_request(scheduler, [2, 3, 4, 1, 1])
+    assert shares(scheduler.plan()) == {again: 1} and again.cached == PAGE
+
+
+def test_a_page_that_the_last_step_filled_is_found() -> None:
+    scheduler = make_scheduler()
+    (sequence,) = make_request(scheduler, [2, 3, 4], max_tokens=2)
+    steps = list[list[Part]]()
+    for _ in range(2):
+        steps.append(scheduler.plan())
+        scheduler.launched(steps[-1])
+    assert scheduler.plan() == []
+    for parts in steps:
+        scheduler.arrived(parts)
+        sequence.append(1)
+    scheduler.remove(sequence)
+    (again,) = make_request(scheduler, [2, 3, 4, 1, 1])
+    assert shares(scheduler.plan()) == {again: 1} and again.cached == PAGE
+
+
+def test_what_was_not_launched_is_not_found() -> None:
+    """A prompt whose second chunk fails to be launched while the first is under way."""
+    scheduler = make_scheduler(step_tokens=4)
+    (sequence,) = make_request(scheduler, [2] * 12)
+    first = scheduler.plan()
+    scheduler.launched(first)
+    assert scheduler.plan() == [Part(sequence, 4, 4, False)]
+    scheduler.arrived(first)
+    scheduler.remove(sequence)
+    (again,) = make_request(scheduler, [2] * 12)
+    assert shares(scheduler.plan()) == {again: 4} and again.cached == 4
+
+
 @given(crossover=st.floats(50, 1e5), first=st.integers(0, 10**6), units=st.floats(0, 1e7))
 def test_most_tokens_is_the_inverse_of_work(crossover: float, first: int, units: float) -> None:
     pace = Pace(crossover)
