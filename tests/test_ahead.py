@@ -179,7 +179,7 @@ def test_what_is_computed_behind_the_end_does_not_count(
     assert use.decode_possible == 3 * 2 * 2 and use.decode_read == use.decode_possible
     records = records_of(engine)
     assert len(seen) == (6 if ahead else 4)
-    assert [(s.generated_tokens, s.sequences) for s in records.steps] == [(1, 1), (1, 1), (0, 0)][: len(seen) // 2]
+    assert [(s.generated_tokens, s.sequences) for s in records.steps] == [(1, 1)] * 2
     assert records.ended[0].generated_tokens == 2
 
 

@@ -212,7 +212,8 @@ class Loop:
         self.scheduler.pace.learn(step.work, seconds)
         if self.audit:
             self.scheduler.cache.audit()
-        self.observer.step(_step_record(open_parts, step.launched, generated, seconds))
+        if open_parts:
+            self.observer.step(_step_record(open_parts, step.launched, generated, seconds))
 
     def _note_admitted(self, parts: Items[Part], now: float) -> None:
         """Sequences that compute for the first time stop counting as waiting."""
