@@ -12,6 +12,7 @@ import engines
 import pytest
 import test_engine
 import test_engine_faults
+import torch
 from engines import Answer, Brake, ask, make_engine, records_of, running_engine
 from test_engine import prompt
 from test_engine_faults import break_steps, failed, whole_again
@@ -25,7 +26,7 @@ from gossamer.server.engine.model import Model
 from gossamer.server.engine.request import AttentionUse, Request, SamplingParams, Started
 from gossamer.server.engine.sampler import Sampled
 from gossamer.server.engine.scheduler import Part
-from gossamer.server.engine.transfer import CopyOut
+from gossamer.server.engine.transfer import CopyOut, Unread
 
 BOTH = pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 
@@ -167,20 +168,38 @@ def test_a_step_is_launched_before_the_one_before_is_read(
 def test_what_is_computed_behind_the_end_does_not_count(
     checkpoint: Path, model: Model, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
-    """An end token that nobody could foresee: the step behind it begins another page, and nobody hears of that."""
+    """An end that nobody could foresee: the step behind it begins another page for it, and nobody hears of that."""
+    launch, computed = Executor.launch, list[Part]()
+
+    def counting(executor: Executor, parts: list[Part], before: Launched | None) -> Launched:
+        computed.extend(parts)
+        return launch(executor, parts, before)
+
     with running_engine(checkpoint, model=model) as engine:
-        tokens = ask(engine, prompt(126), max_tokens=2).tokens()
-    with running_engine(checkpoint, model=model, ahead=ahead) as engine, watched(monkeypatch) as seen:
-        answer = ask(engine, prompt(126), stop_token_ids=(tokens[1],))
+        tokens = ask(engine, prompt(127), max_tokens=2).tokens()
+    monkeypatch.setattr(Executor, "launch", counting)
+    with running_engine(checkpoint, model=model, ahead=ahead) as engine, monkeypatch.context() as patch:
+        brake = Brake(patch)
+        other = ask(engine, prompt(20), max_tokens=8)
+        brake.wait()
+        answer = ask(engine, prompt(127), stop_token_ids=(tokens[1],))
+        brake.release()
         assert answer.tokens() == tokens and answer.finish().stop_reason == tokens[1]
-        use = answer.finish().attention
-        rule = engine.stats().rules[0]
+        assert len(other.tokens()) == 8
+        use, rule = answer.finish().attention, engine.stats().rules[0]
     assert use is not None and use.kv_bytes == 2 * rule.bytes_per_page
     assert use.decode_possible == 3 * 2 * 2 and use.decode_read == use.decode_possible
+    assert len(computed) == 8 + 2 + ahead
     records = records_of(engine)
-    assert len(seen) == (6 if ahead else 4)
-    assert [(s.generated_tokens, s.sequences) for s in records.steps] == [(1, 1)] * 2
-    assert records.ended[0].generated_tokens == 2
+    assert sum(step.sequences for step in records.steps) == sum(step.generated_tokens for step in records.steps) == 10
+    assert [record.generated_tokens for record in records.ended] == [2, 8]
+
+
+def test_a_step_for_nobody_is_not_recorded(checkpoint: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_engine(checkpoint, model=model) as engine, watched(monkeypatch) as seen:
+        token = ask(engine, prompt(20), max_tokens=1).tokens()[0]
+        ask(engine, prompt(20), stop_token_ids=(token,)).tokens()
+    assert " ".join(seen) == "+0 -0 +1 +2 -1 -2" and len(records_of(engine).steps) == 2
 
 
 def test_cancelled_with_a_step_under_way(checkpoint: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +224,32 @@ def test_cancelled_with_a_step_under_way(checkpoint: Path, model: Model, monkeyp
         assert other.tokens() == right.tokens()
         assert len(answer.events) == published and not answer.done.is_set()
     assert [record.finish_reason for record in records_of(engine).ended] == ["abort", "length"]
+
+
+def test_tokens_are_taken_to_where_they_belong() -> None:
+    chosen = torch.tensor([10, 11, 12])
+    for places, at, expected in (
+        ([0, 1, 2], [0, 1, 2], [10, 11, 12, 0, 0]),
+        ([2, 0, 1], [0, 1, 2], [12, 10, 11, 0, 0]),
+        ([0, 1, 2], [1, 2, 4], [0, 10, 11, 0, 12]),
+        ([1], [3], [0, 0, 0, 11, 0]),
+    ):
+        tokens = torch.zeros(5, dtype=torch.int64)
+        Unread(chosen, places, at).put(tokens)
+        assert tokens.tolist() == expected
+
+
+def test_a_copy_holds_what_was_there_when_it_was_made() -> None:
+    """Recorded steps write their results to the same memory each time."""
+    whole, real = torch.tensor([[2**53 - 1, 7]]), torch.tensor([0.1, -3e38])
+    copy = CopyOut({"whole": whole, "real": real, "none": torch.zeros(0, 4)})
+    whole.zero_()
+    alone = torch.ones(3, dtype=torch.float64)
+    other = CopyOut({True: alone})
+    alone.zero_()
+    found = copy.read()
+    assert found["whole"].tolist() == [[2**53 - 1, 7]] and found["real"].float().tolist() == real.tolist()
+    assert found["none"].shape == (0, 4) and other.read()[True].tolist() == [1.0] * 3
 
 
 # What breaks
