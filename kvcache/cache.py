@@ -97,10 +97,6 @@ class KVCache:
         `step_tokens`."""
         return tuple(rule.most_pages(length, step_tokens, self.page_size) for rule in rules)
 
-    def held(self, table: PageTable) -> tuple[int, ...]:
-        """Pages of each group that the table owns, alone or with others."""
-        return table.held
-
     def table(self, rules: Sequence[Retention], salt: bytes) -> PageTable:
         """A new, empty table. `rules`: one per group. Tables share pages only when their salts are equal, so the salt
         must hold whatever decides what the keys and values are, beside the tokens."""

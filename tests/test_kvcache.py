@@ -160,7 +160,7 @@ def test_growing_and_trimming_follow_the_rules() -> None:
     kept_all, streamed = table.pages
     assert NULL_PAGE not in kept_all and len(kept_all) == 10
     assert [page != NULL_PAGE for page in streamed] == [True] + [False] * 7 + [True] * 2
-    assert table.held == cache.held(table) == (10, 3)
+    assert table.held == (10, 3)
     assert cache.pages_needed(table.rules, 40, 5) == (10, 5)
     assert [s.pages_owned for s in cache.stats()] == [10, 3]
     assert [s.pages_cached for s in cache.stats()] == [0, 7]

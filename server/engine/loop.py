@@ -68,10 +68,6 @@ class UnderWay:
     launched: Launched
     predicted: float  # seconds
 
-    @property
-    def work(self) -> list[tuple[int, int]]:
-        return [(part.first, part.new) for part in self.parts]
-
 
 @dataclass(slots=True)
 class Loop:
@@ -178,7 +174,7 @@ class Loop:
     def _launch(self, parts: list[Part]) -> bool:
         """False when the step failed. What is under way goes on; of what failed, nothing is known to the cache."""
         began = time.monotonic()
-        predicted = self.scheduler.pace.predict((part.first, part.new) for part in parts)
+        predicted = self.scheduler.pace.predict(_work(parts))
         self._step_predicted = predicted + sum(step.predicted for step in self._under_way)
         if self._step_began is None:
             self._step_began = began
@@ -209,7 +205,7 @@ class Loop:
         self.scheduler.arrived(step.parts)
         open_parts = [part for part in step.parts if not part.sequence.ended]
         generated = self._publish(step.parts, outcome)
-        self.scheduler.pace.learn(step.work, seconds)
+        self.scheduler.pace.learn(_work(step.parts), seconds)
         if self.audit:
             self.scheduler.cache.audit()
         if open_parts:
@@ -327,6 +323,10 @@ class Loop:
         if not flight.choices:
             self._prompt_done(flight)
             del self._open[flight.request.id]
+
+
+def _work(parts: Items[Part]) -> list[tuple[int, int]]:
+    return [(part.first, part.new) for part in parts]
 
 
 def _step_record(parts: Items[Part], launched: Launched, generated: int, seconds: float) -> StepRecord:
