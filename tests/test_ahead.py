@@ -21,7 +21,7 @@ from gossamer.attention.reads import SpanReads
 from gossamer.server.engine import loop
 from gossamer.server.engine.engine import Engine
 from gossamer.server.engine.executor import Executor, Launched, Outcome
-from gossamer.server.engine.loop import Submit
+from gossamer.server.engine.loop import Loop, Stop, Submit
 from gossamer.server.engine.model import Model
 from gossamer.server.engine.request import AttentionUse, Request, SamplingParams, Started
 from gossamer.server.engine.sampler import Sampled
@@ -159,7 +159,7 @@ def test_a_step_is_launched_before_the_one_before_is_read(
 ) -> None:
     """And none behind the last token that was asked for."""
     for ahead, order in ((True, "+0 +1 -0 +2 -1 +3 -2 -3"), (False, "+0 -0 +1 -1 +2 -2 +3 -3")):
-        with running_engine(checkpoint, model=model, ahead=ahead) as engine, watched(monkeypatch) as seen:
+        with watched(monkeypatch) as seen, running_engine(checkpoint, model=model, ahead=ahead) as engine:
             assert len(ask(engine, prompt(20), max_tokens=4).tokens()) == 4
         assert " ".join(seen) == order
 
@@ -196,7 +196,7 @@ def test_what_is_computed_behind_the_end_does_not_count(
 
 
 def test_a_step_for_nobody_is_not_recorded(checkpoint: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running_engine(checkpoint, model=model) as engine, watched(monkeypatch) as seen:
+    with watched(monkeypatch) as seen, running_engine(checkpoint, model=model) as engine:
         token = ask(engine, prompt(20), max_tokens=1).tokens()[0]
         ask(engine, prompt(20), stop_token_ids=(token,)).tokens()
     assert " ".join(seen) == "+0 -0 +1 +2 -1 -2" and len(records_of(engine).steps) == 2
@@ -325,22 +325,38 @@ class FakeDevice:
         return Outcome(sampled, (nothing,) * len(launched.parts))
 
 
+def with_one_request(engine: Engine, device: FakeDevice) -> tuple[Loop, Answer]:
+    """The loop of an engine that is not started, on a device of its own, and what comes of a prompt of 300 tokens."""
+    turns, answer = engine._loop, Answer(1)
+    turns.executor = device  # type: ignore[assignment]
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    flight = engine._in_flight(Request(id="one", prompt=prompt(300), params=params), 1, answer.publish)
+    flight.arrived = device.now
+    turns.load.enter(1, 300)
+    turns.inbox.put(Submit(flight))
+    return turns, answer
+
+
+def test_stopping_publishes_what_is_under_way(checkpoint: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: device.now))
+    engine, records = make_engine(checkpoint, model=model, max_num_batched_tokens=512)
+    turns, answer = with_one_request(engine, device)
+    turns.inbox.put(Stop(5.0))  # while the first step runs
+    turns.run()
+    assert len(answer.tokens()) == len(records.steps) == 2 and device.now == 21.0
+    assert failed(answer, loop.SHUT_DOWN) and whole_again(engine)
+
+
 def test_steps_are_timed_from_one_completion_to_the_next(
     checkpoint: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = FakeDevice()
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: device.now))
     engine, records = make_engine(checkpoint, model=model, max_num_batched_tokens=512)
-    turns, answer = engine._loop, Answer(1)
-    turns.executor = device  # type: ignore[assignment]
+    turns, answer = with_one_request(engine, device)
     pace = turns.scheduler.pace
     pace.seconds_per_unit = 0.01
-    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-    request = Request(id="one", prompt=prompt(300), params=params)
-    flight = engine._in_flight(request, 1, answer.publish)
-    flight.arrived = device.now
-    turns.load.enter(1, 300)
-    turns.inbox.put(Submit(flight))
     for _ in range(2):
         turns._receive()
         turns._turn()
