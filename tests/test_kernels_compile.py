@@ -72,10 +72,11 @@ def test_the_matrix_kernels_use_what_hopper_has_for_them(compiled: list[tuple[La
 
 
 def test_a_prompt_s_tile_is_one_program(compiled: list[tuple[Launch, Code]]) -> None:
-    """Up to 128 dimensions, from Hopper on: its keys are read once."""
+    """Up to 128 dimensions, from Hopper on: its keys are read once. On Blackwell there is no room to widen FP8 then."""
     for launch, code in compiled:
         if launch.kernel == "paged_prefill._paged_prefill" and launch.capability >= 90:
-            assert code.rows == 128 or launch.variant.dim > 128 or launch.variant.type == "fp32", launch.name
+            fp8 = launch.capability >= 100 and "fp8" in launch.variant.name and launch.variant.dim > 64
+            assert code.rows == 128 or launch.variant.dim > 128 or launch.variant.type == "fp32" or fp8, launch.name
 
 
 def test_descriptors_are_read_by_the_copy_engine(compiled: list[tuple[Launch, Code]]) -> None:

@@ -38,7 +38,7 @@ def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int, f
     elif wide <= 64:
         most, warps, stages = 128, 8, 4
     elif wide <= 128:
-        most, warps, stages = 128 if capability >= 90 else 64, 8, 4
+        most, warps, stages = 128 if capability >= 90 and not (fp8 and capability >= 100) else 64, 8, 4
     else:
         most, warps, stages = 64 if capability >= 90 and not tokens and not fp8 else 32, 8, 2
     block = min(most, max(16, triton.next_power_of_2(rows)))
