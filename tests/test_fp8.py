@@ -207,6 +207,10 @@ def test_a_page_costs_what_the_pool_allocates() -> None:
     expected = bytes_per_page(groups[0], 128, torch.bfloat16, {}, fp8=True)
     assert cache.stats()[0].bytes_per_page == expected == 15 * 2 * 64 * 130
     assert pool.k.nbytes + pool.v.nbytes + pool.scale.nbytes == 3 * expected
+    for layer in range(5):  # each has its own
+        (kv,) = cache.room(1, 1).views.layer(layer)
+        assert kv.scale is not None and kv.scale.shape == (2, 3, 3, 64)
+        assert kv.scale.data_ptr() == pool.scale[:, 3 * layer :].data_ptr()
     assert expected / bytes_per_page(groups[0], 128, torch.bfloat16, {}) == 130 / 256
     known = bytes_per_page(groups[0], 128, torch.bfloat16, {"means": (128,)}, fp8=True)
     assert known - expected == 15 * 128 * 2  # what is known of a page keeps the model's type
