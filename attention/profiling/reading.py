@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 
 from gossamer.attention.attend import attend
 from gossamer.attention.policy import AttentionPolicy, OperatingPoint, within_windows
-from gossamer.attention.reads import SpanReads
+from gossamer.attention.reads import SpanReads, totals
 from gossamer.attention.step import Span, Step, plan_step
 from gossamer.kernels.layout import PAGE_SIZE
 from gossamer.kvcache.cache import KVCache
@@ -135,7 +135,7 @@ class Reader:
                     found = self._forward(tokens[first : first + new], first, step, wanted or [new - 1])
                     logits += [found.float().cpu()] if wanted else []
                     prefill, decode = (each.rows if each is not None else () for each in (step.prefill, step.decode))
-                    reads = reads.plus(step.reads.totals(prefill, decode, 1)[0])
+                    reads = reads.plus(totals(step.reads.read, step.reads.heads, prefill, decode, 1)[0])
                     self._cache.seal(table, tokens)
                     self._cache.trim(table)
                     first += new
