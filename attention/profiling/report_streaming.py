@@ -1,0 +1,128 @@
+"""Which heads stream, and whether where they look, and alphas that were trained, agree; gates against pooled keys."""
+
+from collections.abc import Sequence
+
+from gossamer.attention.profiling.profile import Profile
+from gossamer.attention.profiling.report_charts import Mark, linear, scatter
+from gossamer.attention.profiling.report_maps import Scale, heat_map
+from gossamer.attention.profiling.report_parts import (
+    Gallery,
+    Part,
+    Picture,
+    Section,
+    Table,
+    default_point,
+    heads_of,
+    longest,
+    number_of,
+    percent,
+    sparse,
+)
+
+
+def streaming_section(profile: Profile) -> Section:
+    length, places = longest(profile), list(heads_of(profile))
+    far = profile.looks[length].far
+    known = {place: float(far[place]) for place in places}
+    said = [
+        f"Far mass is what a head's attention gives, at {length} tokens, to what is neither at the beginning of the "
+        "text nor near: what a streaming head would lose. Heads that stream should have little of it.",
+    ]
+    rows = []
+    for point in sparse(profile):
+        flows = [place for place in places if point.plan.heads[place[0]][place[1]].streams]
+        others = [place for place in places if place not in set(flows)]
+        own = [_mean([known[place] for place in each]) for each in (flows, others)]
+        alphas: list[str] = []
+        if profile.alphas is not None:
+            alpha = profile.alphas
+            alphas = [_mean([float(alpha[place]) for place in each]) for each in (flows, others)]
+        rows.append((point.name, f"{len(flows)} of {len(places)}", *own, *alphas))
+    columns = ["operating point", "heads that stream", "far mass of these", "of the others"]
+    if profile.alphas is not None:
+        columns += ["alpha of these", "of the others"]
+    parts: list[Part] = [Table(tuple(columns), tuple(rows))] if rows else []
+    shape = profile.shape
+    grids = {"far mass": far} | ({} if profile.alphas is None else {"alpha": profile.alphas})
+    tables = {
+        name: [
+            [float(grid[layer, head]) if layer in shape.free else None for head in range(shape.kv_heads)]
+            for layer in range(shape.layers)
+        ]
+        for name, grid in grids.items()
+    }
+    scale = Scale.over(list(tables.values()), percent, lambda share: f"{100 * share:.0f}")
+    pictures = [Picture(heat_map(name, values, scale)) for name, values in tables.items()]
+    if profile.alphas is not None:
+        said.append(_agreement(profile, known))
+        pictures.append(
+            Picture(_against(profile, known), "Each mark is a head; filled ones stream in the default point.")
+        )
+    parts.append(Gallery((*pictures, Picture(scale.bar())), "In %."))
+    if profile.alphas is None:
+        said.append("No alphas were trained, so there is nothing that statistics could be compared with.")
+    return Section("streaming", "Streaming heads", tuple(said), tuple(parts))
+
+
+def _agreement(profile: Profile, far: dict[tuple[int, int], float]) -> str:
+    assert profile.alphas is not None
+    ranked = spearman(list(far.values()), [float(profile.alphas[place]) for place in far])
+    if ranked is None:
+        return "Far mass and alphas cannot be compared: one of them is the same for all heads."
+    told = "agree" if ranked >= 0.7 else "agree in part" if ranked >= 0.3 else "do not agree"
+    return (
+        f"DuoAttention's trained alphas (1 needs all tokens, 0 may stream) and far mass rank "
+        f"{number_of(len(far), 'head')} with a Spearman correlation of {ranked:.2f}: they {told}."
+    )
+
+
+def _against(profile: Profile, far: dict[tuple[int, int], float]) -> str:
+    assert profile.alphas is not None
+    point, alphas = default_point(profile), profile.alphas
+    x = linear("far mass, %", [100 * value for value in far.values()])
+    y = linear("trained alpha", [0.0, 1.0, *(float(alphas[place]) for place in far)])
+    marks = []
+    for (layer, head), value in far.items():
+        kind = "first" if point.plan.heads[layer][head].streams else "first hollow"
+        marks.append(Mark(100 * value, float(alphas[layer, head]), kind, title=f"head {layer}.{head}"))
+    return scatter("alphas against far mass", x, y, marks)
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Correlation of the ranks, those of equals being their mean; None where one side has one value only."""
+    first, second = _ranks(a), _ranks(b)
+    middle = (len(a) - 1) / 2
+    both = sum((x - middle) * (y - middle) for x, y in zip(first, second, strict=True))
+    own = [sum((x - middle) ** 2 for x in ranks) for ranks in (first, second)]
+    return both / (own[0] * own[1]) ** 0.5 if own[0] and own[1] else None
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    begin = 0
+    while begin < len(order):
+        end = begin
+        while end + 1 < len(order) and values[order[end + 1]] == values[order[begin]]:
+            end += 1
+        for n in range(begin, end + 1):
+            ranks[order[n]] = (begin + end) / 2
+        begin = end + 1
+    return ranks
+
+
+def _mean(values: Sequence[float]) -> str:
+    return percent(sum(values) / len(values)) if values else "–"
+
+
+def gates_section(profile: Profile) -> Section:
+    title = "Learned gates"
+    if profile.gates is None:
+        return Section("gates", title, ("No gates were trained.",))
+    rows = tuple(
+        (phase, percent(gate), percent(pooled), "better" if gate > pooled else "not better")
+        for phase, (gate, pooled) in profile.gates.items()
+    )
+    columns = ("phase", "recall of the gate", "recall of pooled keys", "the gate is")
+    said = ("Recall of dense attention mass at equal density, of the trained gate and of the mean keys of pages.",)
+    return Section("gates", title, said, (Table(columns, rows),))

@@ -1,0 +1,77 @@
+"""A report as Markdown: the same tables as the page, head maps in letters, and no pictures."""
+
+from typing import TYPE_CHECKING
+
+from gossamer.attention.policy_view import PointView, printable
+from gossamer.attention.profiling.report_parts import HeadMap, Part, Table
+
+if TYPE_CHECKING:
+    from gossamer.attention.profiling.report import Report
+
+SPECIAL = "\\`*_[]<>|#~&"
+
+
+def as_markdown(report: "Report") -> str:
+    """Every word that is not ours is escaped."""
+    parts = [
+        f"# {plain(report.title)}",
+        plain(report.subtitle) + ".",
+        f"**{plain(report.headline)}**",
+        _table(report.overview),
+    ]
+    for verdict in report.verdicts:
+        parts.append(f"- **{plain(verdict.point.name)}** ({verdict.standing}): {plain(' '.join(verdict.said))}")
+    parts += ["## What speaks against it", *(f"- {plain(doubt)}" for doubt in report.doubts)]
+    for section in report.sections:
+        parts += [f"## {plain(section.title)}", *map(plain, section.said)]
+        parts += [text for part in section.parts if (text := _part(part))]
+    # items of one list stand together
+    text = "\n\n".join(parts) + "\n"
+    return text.replace("\n\n- ", "\n- ").replace("|\n- ", "|\n\n- ")
+
+
+def plain(text: str) -> str:
+    """As text that means only itself, on one line."""
+    return "".join(f"\\{letter}" if letter in SPECIAL else letter for letter in printable(text))
+
+
+def _part(part: Part) -> str:
+    if isinstance(part, Table):
+        caption = f"{plain(part.caption)}\n\n" if part.caption else ""
+        return caption + _table(part)
+    return _head_map(part) if isinstance(part, HeadMap) else ""
+
+
+def _table(table: Table) -> str:
+    rows = [
+        [
+            f"**{plain(cell)}**" if (number, column) in table.marked and cell else plain(cell)
+            for column, cell in enumerate(row)
+        ]
+        for number, row in enumerate(table.rows)
+    ]
+    rules = ["---" if column < table.words else "---:" for column in range(len(table.columns))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in ([plain(each) for each in table.columns], rules, *rows))
+
+
+def _head_map(part: HeadMap) -> str:
+    view = part.view
+    lines = [f"{plain(view.point)}, {panel_line}" for panel_line in (" and ".join(p.phase for p in view.panels),)]
+    return "\n\n".join([*lines, "```\n" + "\n".join(_letters(view)) + "\n```", "\n".join(_legend(view))])
+
+
+def _letters(view: PointView) -> list[str]:
+    """A line for each layer: the letters of both phases, with "~" and "?"."""
+    lines = []
+    for layer in range(len(view.panels[0].cells)):
+        cells = [" ".join(f"{c.look.letter}{c.signs}".ljust(3) for c in panel.cells[layer]) for panel in view.panels]
+        lines.append(f"layer {layer:<4}" + "   ".join(cells).rstrip())
+    return lines
+
+
+def _legend(view: PointView) -> list[str]:
+    lines = []
+    for cell, counts in view.legend():
+        heads = ", ".join(f"{phase} {count}" for phase, count in counts.items())
+        lines.append(f"- {plain(cell.look.letter + cell.signs)} {plain(cell.text())} ({heads} heads)")
+    return lines
