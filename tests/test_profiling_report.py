@@ -147,7 +147,7 @@ def test_too_few_answers_are_said() -> None:
     made = profile()
     balanced = verdicts_of(made)[0]
     assert balanced.standing == "held, few answers"
-    assert "4 of 4 results rest on too few answers to tell whether more than 1 point are lost: up to 18.6" in (
+    assert "4 of 4 results rest on too few answers to tell a loss within 1 point from a larger one: up to 18.6" in (
         " ".join(balanced.said)
     )
     wide = replace(made.points[1], bound=replace(BALANCED, points=20.0))

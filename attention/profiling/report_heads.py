@@ -226,10 +226,12 @@ def worst_section(profile: Profile) -> Section:
         f"The {number_of(len(worst), 'head')} with the largest predicted divergence in {point.name}, the default: "
         f"{percent(told / total)} of the {nats(total)} nats that all heads are predicted to add. Sensitivity is in "
         f"nats for a squared relative error of 1; error and recall (of dense attention mass) are at {length} tokens.",
-        "Bars: where the head's attention mass lies under dense attention, by distance from the query; each bar is "
-        "without those before it, and the first tokens of a text count at their distance.",
     )
-    return Section("worst", title, said, (Gallery(tuple(pictures)), Table(columns, tuple(rows), words=3)))
+    caption = (
+        "Where a head's attention mass lies under dense attention, by distance from the query; each bar is without "
+        "those before it, and the first tokens of a text count at their distance."
+    )
+    return Section("worst", title, said, (Gallery(tuple(pictures), caption), Table(columns, tuple(rows), words=3)))
 
 
 def _tokens(count: int) -> str:

@@ -110,7 +110,7 @@ def tasks_section(profile: Profile) -> Section:
     parts.append(_nearness(profile))
     said = (
         "On documents that nothing was chosen by. An answer counts when each of its tokens is the likeliest after the "
-        "right ones before it; questions may ask for several. Whiskers are 95% Wilson intervals; answers about one "
+        "right ones before it; questions may ask for several. In brackets are 95% intervals; answers about one "
         "document are not independent, so the truth may lie further off than they say.",
     )
     return Section("tasks", "Tasks by length", said, tuple(parts))
@@ -137,7 +137,7 @@ def _task_pictures(profile: Profile) -> Gallery:
         if any(value for one in series for value in one.values):
             pictures.append(Picture(intervals(task, [f"{length}" for length in lengths], series, "tokens")))
     names = ", ".join(f"{shape_of(profile, point.name)} {point.name}" for point in profile.points)
-    return Gallery(tuple(pictures), f"Right answers. From left to right: {names}.")
+    return Gallery(tuple(pictures), f"Right answers with 95% Wilson intervals. From left to right: {names}.")
 
 
 def _nearness(profile: Profile) -> Table:
@@ -167,8 +167,11 @@ def cost_section(profile: Profile) -> Section:
         f"Cost is predicted from the device profile of {profile.device.device}, for {goal}: {percent(weights.prefill)} "
         f"prefill time, {percent(weights.decode)} decode time, {percent(weights.memory)} KV memory, each as a share of "
         "what dense attention takes, over the profiled lengths. It is attention alone, not the whole model.",
+    )
+    caption = (
         f"Small marks are the {number_of(len(profile.attempts), 'plan')} that the search tried on its own documents; "
-        "hollow ones broke the bound. Stars are the operating points on unseen documents.",
+        "hollow ones broke the bound. Stars are the operating points on unseen documents. The stepped line joins plans "
+        "that no other beats in cost and divergence."
     )
     points_ = [(point.plan.cost, point.unseen.divergence()) for point in profile.points]
     measured = [attempt.divergence for attempt in profile.attempts] + [y for _, y in points_]
@@ -212,7 +215,10 @@ def cost_section(profile: Profile) -> Section:
         Picture(_prediction_chart(profile), "Measured against predicted divergence; on the diagonal they agree."),
     ]
     return Section(
-        "cost", "Accuracy against cost", said, (Gallery(tuple(pictures)), _predictions(profile), _tries(profile))
+        "cost",
+        "Accuracy against cost",
+        said,
+        (Gallery(tuple(pictures), caption), _predictions(profile), _tries(profile)),
     )
 
 

@@ -13,21 +13,22 @@ SPECIAL = "\\`*_[]<>|#~&"
 
 def as_markdown(report: "Report") -> str:
     """Every word that is not ours is escaped."""
+    verdicts = [
+        f"- **{plain(each.point.name)}** ({each.standing}): {plain(' '.join(each.said))}" for each in report.verdicts
+    ]
     parts = [
         f"# {plain(report.title)}",
         plain(report.subtitle) + ".",
         f"**{plain(report.headline)}**",
         _table(report.overview),
+        "\n".join(verdicts),
+        "## What speaks against it",
+        "\n".join(f"- {plain(doubt)}" for doubt in report.doubts),
     ]
-    for verdict in report.verdicts:
-        parts.append(f"- **{plain(verdict.point.name)}** ({verdict.standing}): {plain(' '.join(verdict.said))}")
-    parts += ["## What speaks against it", *(f"- {plain(doubt)}" for doubt in report.doubts)]
     for section in report.sections:
         parts += [f"## {plain(section.title)}", *map(plain, section.said)]
         parts += [text for part in section.parts if (text := _part(part))]
-    # items of one list stand together
-    text = "\n\n".join(parts) + "\n"
-    return text.replace("\n\n- ", "\n- ").replace("|\n- ", "|\n\n- ")
+    return "\n\n".join(parts) + "\n"
 
 
 def plain(text: str) -> str:
@@ -56,8 +57,9 @@ def _table(table: Table) -> str:
 
 def _head_map(part: HeadMap) -> str:
     view = part.view
-    lines = [f"{plain(view.point)}, {panel_line}" for panel_line in (" and ".join(p.phase for p in view.panels),)]
-    return "\n\n".join([*lines, "```\n" + "\n".join(_letters(view)) + "\n```", "\n".join(_legend(view))])
+    phases = " and ".join(panel.phase for panel in view.panels)
+    letters = "\n".join(["```", *_letters(view), "```"])
+    return "\n\n".join([f"{plain(view.point)}, {phases}:", letters, "\n".join(_legend(view))])
 
 
 def _letters(view: PointView) -> list[str]:

@@ -115,9 +115,9 @@ def verdict_of(profile: Profile, point: Point) -> Verdict:
         said.append("Every head is dense here: the search found nothing sparser that held the bound.")
     if after:
         search = "It did not hold in the search either" if before else "The bound held in the search"
-        said.append(f"{search}{';' if before else ', but not'} on unseen documents: {listed(after)}.")
+        said.append(f"{search}{';' if before else ', but not'} on unseen documents: {'; '.join(after)}.")
     elif before:
-        said.append(f"The bound holds on unseen documents, but did not in the search: {listed(before)}.")
+        said.append(f"The bound holds on unseen documents, but did not in the search: {'; '.join(before)}.")
     else:
         said.append("The bound held in the search and holds on unseen documents.")
     few = _too_few(point, found)
@@ -169,9 +169,9 @@ def _too_few(point: Point, found: list[Loss]) -> list[str]:
         return []
     worst = max(hidden, key=lambda each: each.interval[1])
     return [
-        f"{len(hidden)} of {len(found)} results rest on too few answers to tell whether more than "
-        f"{lots(point.bound.points)} are lost: up to {points(worst.interval[1])} in {worst.where} ({worst.own.of} "
-        "answers) would look the same."
+        f"{len(hidden)} of {len(found)} results rest on too few answers to tell a loss within "
+        f"{lots(point.bound.points)} from a larger one: up to {points(worst.interval[1])} in {worst.where} "
+        f"({worst.own.of} answers) would look the same."
     ]
 
 
