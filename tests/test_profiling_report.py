@@ -120,6 +120,8 @@ def test_a_bound_that_does_not_hold_is_said() -> None:
     report = make_report(made)
     assert report.headline.startswith("Not held on unseen documents: fast;")
     assert (1, 1) in report.overview.marked
+    assert row(report.overview, "fast")["nats from dense, unseen"] == "0.2000"
+    assert row(report.overview, "fast")["worst task loss, points [95%]"].startswith("50.0 [")
     assert "**not held**" in as_markdown(report)
     assert ("td", "class", " marked") in page_of(made).attributes
 
@@ -139,7 +141,7 @@ def test_an_unknown_divergence_does_not_hold() -> None:
 
 def test_a_loss_within_chance_is_said_to_be() -> None:
     found = verdicts_of(profile(unseen={"fast": trial(0.05, pairs=27)}))[1]  # 7.5 points of 4
-    assert found.standing == "not held"
+    assert found.standing == "not held, few answers"
     assert "where 4 may be lost, which so few answers can do by chance" in found.said[0]
 
 
@@ -189,9 +191,13 @@ def test_tables_that_do_not_belong_together_are_doubted() -> None:
 
 def test_rivals_are_judged_at_equal_density() -> None:
     made = profile()
-    assert [outcome for _, outcome, _ in compared(made)] == ["won", "lost", "open"]
+    assert [each.by_density for each in compared(made)] == ["won", "lost", "neither"]
+    assert [each.by_cost for each in compared(made)] == ["neither", "lost", "lost"]
+    less = replace(made.rivals[0], density=0.2)  # diverges more, but reads less
+    assert [each.by_density for each in compared(replace(made, rivals=(less,)))] == ["neither"]
     said = section(made, "rivals").said[0]
-    assert "Per-head choice won 1 of 3 comparisons, lost 1, and 1 have no winner." in said
+    assert "Of 3 comparisons, per-head choice won 1 and lost 1 at equal density" in said
+    assert "at equal predicted cost it won 0 and lost 2." in said
     (table,) = tables(made, "rivals")
     assert table.rows[0][-1] == f"{4 * ASKED + 4} of {4 * ASKED + 4}"
     assert section(replace(made, rivals=()), "rivals").said == ("No comparison was asked for.",)
@@ -349,10 +355,12 @@ def test_axes_hold_their_values() -> None:
 
 def test_what_is_not_finite_is_left_out_of_charts() -> None:
     axis = linear("x", [0.0, 1.0, float("nan"), float("inf")])
-    drawn = scatter("", axis, axis, [Mark(0.5, float("nan"), "a"), Mark(0.5, 0.5, "a", label="<b>")])
+    drawn = scatter("", axis, axis, [Mark(0.5, float("nan"), "a"), Mark(0.5, 0.5, "a", label="<b>", title="<i>")])
     assert drawn.count('class="mark') == 1
     assert "nan" not in drawn
     assert "&lt;b&gt;" in drawn
+    assert "&lt;i&gt;" in drawn
+    assert "<i>" not in drawn
 
 
 def test_the_edge_of_a_cloud() -> None:

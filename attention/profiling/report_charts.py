@@ -92,12 +92,12 @@ class Line:
 def scatter(title: str, x: Axis, y: Axis, marks: Sequence[Mark], lines: Sequence[Line] = ()) -> str:
     """What is not finite is left out."""
     parts = [_axes(x, y)]
-    for line in lines:
+    for number, line in enumerate(lines):
         path = "L".join(f"{_x(x, a):.1f} {_y(y, b):.1f}" for a, b in line.points)
         parts.append(f'<path class="line {line.kind}" d="M{path}"/>')
         if line.label:
             (_, low), (_, high) = line.points[0], line.points[-1]
-            place = f'x="{LEFT + 4}" y="{_y(y, low if low == high else high) - 4:.1f}"'
+            place = f'x="{LEFT + 4 + 80 * (number % 3)}" y="{_y(y, low if low == high else high) - 4:.1f}"'
             parts.append(f'<text class="small {line.kind}" {place}>{escape(line.label)}</text>')
     own = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     parts += [_mark(mark, _x(x, mark.x), _y(y, mark.y)) for mark in own]
@@ -128,7 +128,7 @@ class Series:
 def intervals(title: str, columns: Sequence[str], series: Sequence[Series], name: str) -> str:
     """Shares of 0 to 1 by length, side by side, with whiskers."""
     width, height = max(170, 26 + len(columns) * (14 + 13 * len(series))), 150
-    left, top, bottom = 34, 20, 32
+    left, top, bottom = 34, 20, 38
     tall = height - top - bottom
     parts = [f'<text class="bold" x="{left - 28}" y="11">{escape(title)}</text>']
     for share in (0, 0.5, 1):

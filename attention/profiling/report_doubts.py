@@ -127,13 +127,14 @@ def _reads(profile: Profile) -> Iterator[str]:
 
 
 def _rivals(profile: Profile) -> Iterator[str]:
-    lost = [rival for rival, outcome, _ in compared(profile) if outcome == "lost"]
-    if lost:
-        told = [f"{rival.name} ({rival.phase})" for rival in lost]
-        yield (
-            f"{default_point_of_rivals(profile).name} lost to the same backend for every head: {listed(told)} diverged "
-            "less while reading no more."
-        )
+    for what, by, no_more in (("density", "by_density", "reading"), ("predicted cost", "by_cost", "costing")):
+        lost = [each.rival for each in compared(profile) if getattr(each, by) == "lost"]
+        if lost:
+            told = [f"{rival.name} ({rival.phase})" for rival in lost]
+            yield (
+                f"{sparse(profile)[0].name} lost at equal {what} to one backend for every head: {listed(told)} "
+                f"diverged less while {no_more} no more."
+            )
 
 
 def _gates(profile: Profile) -> Iterator[str]:
@@ -152,11 +153,6 @@ def _tied(profile: Profile) -> Iterator[str]:
             f"{number_of(len(windows), 'layer')} of {profile.shape.layers} have a sliding window of the model's own; a "
             "policy changes nothing there, and means over heads count them as dense."
         )
-
-
-def default_point_of_rivals(profile: Profile) -> Point:
-    """Rivals are those of the first point that is not dense."""
-    return sparse(profile)[0]
 
 
 def predicted(profile: Profile, point: Point, layer: int, head: int) -> dict[Phase, float]:

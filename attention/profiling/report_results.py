@@ -50,7 +50,7 @@ def verdict_table(profile: Profile, verdicts: Sequence[Verdict]) -> Table:
     rows, marked = [], set()
     for number, each in enumerate(verdicts):
         point, bound = each.point, each.point.bound
-        answers = f"{each.worst.own.of} of {each.total.own.of}" if each.worst and each.total else "none"
+        answers = f"{each.worst.own.of} of {each.total.own.of}" if each.worst and each.total and bound else "–"
         rows.append(
             (
                 point.name,
@@ -66,7 +66,7 @@ def verdict_table(profile: Profile, verdicts: Sequence[Verdict]) -> Table:
                 answers,
             )
         )
-        if each.standing == "not held":
+        if each.standing.startswith("not held"):
             marked.add((number, 1))
     columns = (
         "operating point",

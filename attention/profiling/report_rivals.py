@@ -1,36 +1,44 @@
 """Per-head choice against the same candidate for every head."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from gossamer.attention.profiling.fidelity import Trial
-from gossamer.attention.profiling.profile import Point, Profile, Rival
+from gossamer.attention.profiling.profile import Profile, Rival
 from gossamer.attention.profiling.report_parts import Section, Table, longest, nats, number_of, percent, sparse
 from gossamer.attention.profiling.report_verdicts import losses_of
 
-Outcome = Literal["won", "lost", "open"]
-ALIKE = 1.02  # times: densities within it are equal
+Outcome = Literal["won", "lost", "neither"]
+ALIKE = 1.02  # times: densities and costs within it are equal
 
 
-def judged(point: Point, rival: Rival, length: int) -> tuple[Outcome, str]:
-    """Whether per-head choice won, by divergence at equal density, and in words."""
-    ours, theirs = point.density[rival.phase][length], rival.density
-    own, other = point.unseen.divergence(), rival.unseen.divergence()
-    same = theirs <= ours * ALIKE and ours <= theirs * ALIKE
-    if own < other and ours <= theirs * ALIKE:
-        less = "at the same density" if same else "reading less"
-        return "won", f"per-head choice won, {less}"
-    if other < own and theirs <= ours * ALIKE:
-        less = "at the same density" if same else "reading less"
-        return "lost", f"per-head choice lost; this one diverges less {less}"
-    why = "one reads less, the other diverges less" if own != other else "both diverge alike"
-    return "open", f"neither won: {why}"
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Whether per-head choice won: less divergence for no more density, and for no more predicted cost."""
+
+    rival: Rival
+    by_density: Outcome
+    by_cost: Outcome
 
 
-def compared(profile: Profile) -> list[tuple[Rival, Outcome, str]]:
+def compared(profile: Profile) -> list[Comparison]:
     if not profile.rivals:
         return []
     point, length = sparse(profile)[0], longest(profile)
-    return [(rival, *judged(point, rival, length)) for rival in profile.rivals]
+    own = point.unseen.divergence()
+    found = []
+    for rival in profile.rivals:
+        other = rival.unseen.divergence()
+        density = judged(own, point.density[rival.phase][length], other, rival.density)
+        found.append(Comparison(rival, density, judged(own, point.plan.cost, other, rival.plan.cost)))
+    return found
+
+
+def judged(own: float, price: float, other: float, other_price: float) -> Outcome:
+    """Of divergences, at what was paid for them."""
+    if own < other and price <= other_price * ALIKE:
+        return "won"
+    return "lost" if other < own and other_price <= price * ALIKE else "neither"
 
 
 def nearer(one: Trial, other: Trial) -> tuple[int, int]:
@@ -49,18 +57,21 @@ def rivals_section(profile: Profile) -> Section:
     if not results:
         return Section("rivals", title, ("No comparison was asked for.",))
     point, length = sparse(profile)[0], longest(profile)
-    counts = {outcome: sum(each == outcome for _, each, _ in results) for outcome in ("won", "lost", "open")}
+    densities, costs = ([getattr(each, by) for each in results] for by in ("by_density", "by_cost"))
     said = (
         f"Every rival gives one candidate to all heads in one phase, at a density as near to that of {point.name} as "
-        f"its parameters allow, and leaves the other phase as {point.name} has it. Per-head choice won "
-        f"{counts['won']} of {number_of(len(results), 'comparison')}, lost {counts['lost']}, and {counts['open']} have "
-        "no winner.",
-        "Won means: less divergence on unseen documents while reading no more. Nearer says in how many exchanges "
-        f"{point.name} was nearer to dense, of those where the two differ.",
+        f"its parameters allow, and leaves the other phase as {point.name} has it. Of "
+        f"{number_of(len(results), 'comparison')}, per-head choice won {densities.count('won')} and lost "
+        f"{densities.count('lost')} at equal density; at equal predicted cost it won {costs.count('won')} and lost "
+        f"{costs.count('lost')}. The rest have no winner.",
+        "Won means: less divergence on unseen documents while reading, or costing, no more. Nearer says in how many "
+        f"exchanges {point.name} was nearer to dense, of those where the two differ.",
     )
-    dense, rows, marked = profile.points[0].unseen, [], set()
-    for number, (rival, outcome, told) in enumerate(results):
-        worst = max(losses_of(dense, rival.unseen).values(), key=lambda each: each.points, default=None)
+    dense, rows = profile.points[0].unseen, []
+    marked: set[tuple[int, int]] = set()
+    for number, each in enumerate(results):
+        rival = each.rival
+        worst = max(losses_of(dense, rival.unseen).values(), key=lambda loss: loss.points, default=None)
         close, of = nearer(point.unseen, rival.unseen)
         numbers = (
             percent(rival.density),
@@ -72,13 +83,13 @@ def rivals_section(profile: Profile) -> Section:
             worst.text() if worst else "nothing asked",
             f"{close} of {of}",
         )
-        rows.append((rival.phase, rival.name, told, *numbers))
-        if outcome == "lost":
-            marked.add((number, 2))
+        rows.append((rival.phase, rival.name, each.by_density, each.by_cost, *numbers))
+        marked |= {(number, 2 + n) for n, by in enumerate((each.by_density, each.by_cost)) if by == "lost"}
     columns = (
         "phase",
         "for every head",
-        "per-head choice",
+        "per head, by density",
+        "per head, by cost",
         f"density at {length}",
         f"of {point.name}",
         "cost",
@@ -88,5 +99,5 @@ def rivals_section(profile: Profile) -> Section:
         "worst task loss, points",
         "nearer",
     )
-    table = Table(columns, tuple(rows), words=3, marked=frozenset(marked))
+    table = Table(columns, tuple(rows), words=4, marked=frozenset(marked))
     return Section("rivals", title, said, (table,))

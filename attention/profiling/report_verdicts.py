@@ -8,13 +8,19 @@ from typing import Literal
 
 from gossamer.attention.profiling.fidelity import Cell, Trial, losses
 from gossamer.attention.profiling.profile import Point, Profile
-from gossamer.attention.profiling.report_parts import listed, lots, nats, percent, points, sparse
+from gossamer.attention.profiling.report_parts import listed, lots, nats, number_of, percent, points, sparse
 
 Z = 1.959964  # of a normal distribution, 95 % in the middle
-Standing = Literal["reference", "held", "held, few answers", "not held"]
+Standing = Literal["reference", "held", "held, few answers", "not held, few answers", "not held"]
 Tone = Literal["dense", "good", "unsure", "bad"]
 TONES: Mapping[Standing, Tone] = MappingProxyType(
-    {"reference": "dense", "held": "good", "held, few answers": "unsure", "not held": "bad"}
+    {
+        "reference": "dense",
+        "held": "good",
+        "held, few answers": "unsure",
+        "not held, few answers": "unsure",
+        "not held": "bad",
+    }
 )
 
 
@@ -108,8 +114,8 @@ def verdict_of(profile: Profile, point: Point) -> Verdict:
     total = _together(found)
     if point.bound is None:
         return Verdict(point, "reference", worst, total, ("Dense attention, which the others are compared with.",))
-    before = _broken(point, dense.searched, point.searched)
-    after = _broken(point, dense.unseen, point.unseen)
+    before, _ = _broken(point, dense.searched, point.searched)
+    after, chance = _broken(point, dense.unseen, point.unseen)
     said = []
     if point.plan.heads == dense.plan.heads:
         said.append("Every head is dense here: the search found nothing sparser that held the bound.")
@@ -121,7 +127,9 @@ def verdict_of(profile: Profile, point: Point) -> Verdict:
     else:
         said.append("The bound held in the search and holds on unseen documents.")
     few = _too_few(point, found)
-    standing: Standing = "not held" if after else "held, few answers" if few else "held"
+    standing: Standing = "held, few answers" if few else "held"
+    if after:
+        standing = "not held, few answers" if chance else "not held"
     if total is not None:
         few.append(
             f"All {total.own.of} answers together: {total.own.right} right, {total.dense.right} under dense; lost "
@@ -140,23 +148,26 @@ def _together(found: list[Loss]) -> Loss | None:
     return Loss("all tasks and lengths", dense, own)
 
 
-def _broken(point: Point, dense: Trial, trial: Trial) -> list[str]:
-    """What of the bound did not hold in a trial, as the search judges it."""
+def _broken(point: Point, dense: Trial, trial: Trial) -> tuple[list[str], bool]:
+    """What of the bound did not hold in a trial, as the search judges it; and whether all of it may be chance: losses
+    whose interval reaches into the bound."""
     assert point.bound is not None
     said = []
     diverged, lost = trial.divergence(), losses(dense, trial)
     if not diverged <= point.bound.divergence:  # unknown is not held
         said.append(f"{nats(diverged)} nats from dense, where {point.bound.divergence:g} are allowed")
     over = [key for key, value in lost.items() if not value <= point.bound.points]
+    known = losses_of(dense, trial)
+    sure = bool(said) or any(known[key].interval[0] > point.bound.points for key in over)
     if over:
-        worst = losses_of(dense, trial)[max(over, key=lost.__getitem__)]
+        worst = known[max(over, key=lost.__getitem__)]
         chance = ", which so few answers can do by chance" if worst.interval[0] <= point.bound.points else ""
         more = f" (and {len(over) - 1} more)" if len(over) > 1 else ""
         said.append(
             f"{worst.where}{more} lost {points(worst.points)} points ({worst.own.right} of {worst.own.of} right, "
             f"{worst.dense.right} under dense), where {point.bound.points:g} may be lost{chance}"
         )
-    return said
+    return said, not sure
 
 
 def _too_few(point: Point, found: list[Loss]) -> list[str]:
@@ -171,7 +182,7 @@ def _too_few(point: Point, found: list[Loss]) -> list[str]:
     return [
         f"{len(hidden)} of {len(found)} results rest on too few answers to tell a loss within "
         f"{lots(point.bound.points)} from a larger one: up to {points(worst.interval[1])} in {worst.where} "
-        f"({worst.own.of} answers) would look the same."
+        f"({number_of(worst.own.of, 'answer')}) would look the same."
     ]
 
 
@@ -182,6 +193,7 @@ def headline(verdicts: list[Verdict]) -> str:
         return "No operating point beside dense was asked for."
     words: dict[Standing, str] = {
         "not held": "not held on unseen documents",
+        "not held, few answers": "not held on unseen documents by tasks with so few answers that it may be chance",
         "held": "held on unseen documents",
         "held, few answers": "held on unseen documents as measured, with too few answers to be sure of the tasks",
     }
