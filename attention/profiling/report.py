@@ -19,6 +19,7 @@ from gossamer.attention.profiling.report_parts import (
     Table,
     default_point,
     listed,
+    number_of,
 )
 from gossamer.attention.profiling.report_results import (
     cost_section,
@@ -69,7 +70,8 @@ def make_report(profile: Profile) -> Report:
     verdicts, model = verdicts_of(profile), profile.model
     shape, name = profile.shape, profile.model.name or profile.file.name
     subtitle = (
-        f"{f'{model.model_type}, ' if model.model_type else ''}{shape.layers} layers of {shape.kv_heads} KV heads; "
+        f"{f'{model.model_type}, ' if model.model_type else ''}{number_of(shape.layers, 'layer')} of "
+        f"{number_of(shape.kv_heads, 'KV head')}; "
         f"profiled at {listed(map(str, profile.settings.lengths))} tokens for {profile.settings.goal}; the default "
         f"operating point is {default_point(profile).name}"
     )

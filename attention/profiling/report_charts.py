@@ -97,8 +97,9 @@ def scatter(title: str, x: Axis, y: Axis, marks: Sequence[Mark], lines: Sequence
         parts.append(f'<path class="line {line.kind}" d="M{path}"/>')
         if line.label:
             (_, low), (_, high) = line.points[0], line.points[-1]
-            place = f'x="{LEFT + 4 + 80 * (number % 3)}" y="{_y(y, low if low == high else high) - 4:.1f}"'
-            parts.append(f'<text class="small {line.kind}" {place}>{escape(line.label)}</text>')
+            place = f'y="{_y(y, low if low == high else high) - 4:.1f}"'  # at either end in turn: lines may lie close
+            end, at = (" end", WIDTH - RIGHT - 3) if number % 2 else ("", LEFT + 4)
+            parts.append(f'<text class="small {line.kind}{end}" x="{at}" {place}>{escape(line.label)}</text>')
     own = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     parts += [_mark(mark, _x(x, mark.x), _y(y, mark.y)) for mark in own]
     parts += _labels([(mark, _x(x, mark.x), _y(y, mark.y)) for mark in own if mark.label])

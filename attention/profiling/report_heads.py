@@ -26,6 +26,7 @@ from gossamer.attention.profiling.report_parts import (
     percent,
     sparse,
 )
+from gossamer.attention.profiling.sensitivity import FLOOR
 from gossamer.attention.profiling.statistics import HELD, NEAR, SINK
 from gossamer.kernels.layout import PAGE_SIZE
 
@@ -225,7 +226,8 @@ def worst_section(profile: Profile) -> Section:
     said = (
         f"The {number_of(len(worst), 'head')} with the largest predicted divergence in {point.name}, the default: "
         f"{percent(told / total)} of the {nats(total)} nats that all heads are predicted to add. Sensitivity is in "
-        f"nats for a squared relative error of 1; error and recall (of dense attention mass) are at {length} tokens.",
+        f"nats for a squared relative error of 1, and none is taken for less than {percent(FLOOR)} of the mean; "
+        f"error and recall (of dense attention mass) are at {length} tokens.",
     )
     caption = (
         "Where a head's attention mass lies under dense attention, by distance from the query; each bar is without "

@@ -32,7 +32,8 @@ def head_map(panel: Panel) -> str:
     for layer, row in enumerate(panel.cells):
         texts = [cell.look.letter + cell.signs for cell in row]
         parts.append(_texts(texts, [cell.ink for cell in row], layer, wide, tall))
-    return svg(f"{panel.phase}: what each head does", LEFT + heads * wide + 2, TOP + layers * tall + 4, "".join(parts))
+    width = _width(heads, wide, panel.phase)
+    return svg(f"{panel.phase}: what each head does", width, TOP + layers * tall + 4, "".join(parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +99,17 @@ def heat_map(title: str, values: Values, scale: Scale) -> str:
         inks = [_ink(each, scale) for each in row]
         if heads <= FEW_HEADS:
             parts.append(_texts(texts, inks, layer, wide, tall))
-    width = max(LEFT + heads * wide, LEFT + 6 * len(title)) + 2
-    return svg(title, width, TOP + layers * tall + 4, "".join(parts))
+    return svg(title, _width(heads, wide, title), TOP + layers * tall + 4, "".join(parts))
 
 
 def _ink(value: float | None, scale: Scale) -> str:
     if value is None or not math.isfinite(value):
         return "ink"
     return "black" if scale.colour(value) < LIGHT else "white"
+
+
+def _width(heads: int, wide: int, title: str) -> float:
+    return LEFT + max(heads * wide, 7.5 * len(title)) + 2
 
 
 def _height(layers: int) -> int:

@@ -191,7 +191,7 @@ def cost_section(profile: Profile) -> Section:
     for point in sparse(profile):
         if point.bound is not None:
             kind, limit = kind_of(profile, point.name), point.bound.divergence
-            lines.append(Line(((x.low, limit), (x.high, limit)), f"{kind} dashed", f"{point.name} may"))
+            lines.append(Line(((x.low, limit), (x.high, limit)), f"{kind} dashed", f"limit of {point.name}"))
     marks = [
         *(
             Mark(100 * r.plan.cost, r.unseen.divergence(), "rival", "cross", title=_rival(r.name))
@@ -254,7 +254,7 @@ def _loss_chart(profile: Profile) -> str:
     losses = [*(attempt.lost for attempt in profile.attempts), *own.values(), *(lost for _, lost, _ in rivals)]
     y = linear("points lost by the worst task", [*losses, *limits.values()])
     lines = [
-        Line(((x.low, limit), (x.high, limit)), f"{kind_of(profile, name)} dashed", f"{name} may")
+        Line(((x.low, limit), (x.high, limit)), f"{kind_of(profile, name)} dashed", f"limit of {name}")
         for name, limit in limits.items()
     ]
     marks = [
