@@ -14,7 +14,6 @@ from gossamer.attention.profiling.report import as_html, make_report, write_repo
 from gossamer.attention.profiling.report_charts import Mark, linear, logarithmic, scatter, staircase
 from gossamer.attention.profiling.report_parts import Section, Table
 from gossamer.attention.profiling.report_rivals import compared
-from gossamer.attention.profiling.report_streaming import spearman
 from gossamer.attention.profiling.report_text import as_markdown
 from gossamer.attention.profiling.report_verdicts import Answers, Loss, verdicts_of
 
@@ -222,13 +221,20 @@ def test_alphas_are_ranked_against_far_mass() -> None:
     made = profile(2, 2)
     far = made.looks[LENGTHS[-1]].far
     said = " ".join(section(replace(made, alphas=far * 0.5), "streaming").said)
-    assert "Spearman correlation of 1.00: they agree" in said
+    assert "Spearman correlation of 1.00: they agree. Of the half that would stream by its alphas, 100.0% would" in said
     assert "correlation of -1.00: they do not agree" in " ".join(
         section(replace(made, alphas=1 - far), "streaming").said
     )
     assert "cannot be compared" in " ".join(section(replace(made, alphas=torch.ones(2, 2)), "streaming").said)
     assert "No alphas were trained" in " ".join(section(made, "streaming").said)
-    assert spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(0.9487, abs=1e-4)
+    one = profile(1, 1)
+    assert "cannot be compared" in " ".join(section(replace(one, alphas=torch.ones(1, 1)), "streaming").said)
+    window = profile(3, 2, windows=(1,))  # its layer has no alphas
+    alphas = window.looks[LENGTHS[-1]].far.clone()
+    alphas[1] = torch.nan
+    assert "rank 4 heads with a Spearman correlation of 1.00" in " ".join(
+        section(replace(window, alphas=alphas), "streaming").said
+    )
 
 
 def test_gates_stand_beside_pooled_keys() -> None:

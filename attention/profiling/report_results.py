@@ -170,8 +170,8 @@ def cost_section(profile: Profile) -> Section:
     )
     caption = (
         f"Small marks are the {number_of(len(profile.attempts), 'plan')} that the search tried on its own documents; "
-        "hollow ones broke the bound. Stars are the operating points on unseen documents. The stepped line joins plans "
-        "that no other beats in cost and divergence."
+        "hollow ones broke the bound, and were tried no further than to the length that broke it. Stars are the "
+        "operating points on unseen documents. The stepped line joins plans that no other beats in cost and divergence."
     )
     points_ = [(point.plan.cost, point.unseen.divergence()) for point in profile.points]
     measured = [attempt.divergence for attempt in profile.attempts] + [y for _, y in points_]
@@ -334,7 +334,13 @@ def _tries(profile: Profile) -> Table:
         "nats, measured",
         "points lost at most",
     )
-    return Table(columns, rows, words=2, caption="Every plan that was tried.", folded=True)
+    return Table(
+        columns,
+        rows,
+        words=2,
+        caption="Every plan that was tried, until the first length at which it broke its bound.",
+        folded=True,
+    )
 
 
 def density_section(profile: Profile) -> Section:

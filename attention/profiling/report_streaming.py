@@ -1,7 +1,11 @@
 """Which heads stream, and whether where they look, and alphas that were trained, agree; gates against pooled keys."""
 
+import math
 from collections.abc import Sequence
 
+import torch
+
+from gossamer.attention.profiling.heads import agreement
 from gossamer.attention.profiling.profile import Profile
 from gossamer.attention.profiling.report_charts import Mark, linear, scatter
 from gossamer.attention.profiling.report_maps import Scale, heat_map
@@ -18,6 +22,8 @@ from gossamer.attention.profiling.report_parts import (
     percent,
     sparse,
 )
+
+HALF = 0.5  # of the heads, as many as DuoAttention lets stream
 
 
 def streaming_section(profile: Profile) -> Section:
@@ -66,13 +72,19 @@ def streaming_section(profile: Profile) -> Section:
 
 def _agreement(profile: Profile, far: dict[tuple[int, int], float]) -> str:
     assert profile.alphas is not None
-    ranked = spearman(list(far.values()), [float(profile.alphas[place]) for place in far])
-    if ranked is None:
+    statistics = torch.full(profile.alphas.shape, torch.nan, dtype=torch.float64)  # of the heads that have a choice
+    for place, value in far.items():
+        statistics[place] = value
+    found = agreement(profile.alphas.cpu(), statistics, HALF) if len(far) > 1 else None
+    if found is None or not math.isfinite(found.correlation):
         return "Far mass and alphas cannot be compared: one of them is the same for all heads."
+    ranked = found.correlation
     told = "agree" if ranked >= 0.7 else "agree in part" if ranked >= 0.3 else "do not agree"
     return (
-        f"DuoAttention's trained alphas (1 needs all tokens, 0 may stream) and far mass rank "
-        f"{number_of(len(far), 'head')} with a Spearman correlation of {ranked:.2f}: they {told}."
+        "DuoAttention's trained alphas (1 needs all tokens, 0 may stream) and far mass rank "
+        f"{number_of(len(far), 'head')} with a Spearman correlation of {ranked:.2f}: they {told}. Of the half that "
+        f"would stream by its alphas, {percent(found.overlap)} would by far mass ({percent(found.by_chance)} by "
+        "chance)."
     )
 
 
@@ -86,29 +98,6 @@ def _against(profile: Profile, far: dict[tuple[int, int], float]) -> str:
         kind = "first" if point.plan.heads[layer][head].streams else "first hollow"
         marks.append(Mark(100 * value, float(alphas[layer, head]), kind, title=f"head {layer}.{head}"))
     return scatter("alphas against far mass", x, y, marks)
-
-
-def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Correlation of the ranks, those of equals being their mean; None where one side has one value only."""
-    first, second = _ranks(a), _ranks(b)
-    middle = (len(a) - 1) / 2
-    both = sum((x - middle) * (y - middle) for x, y in zip(first, second, strict=True))
-    own = [sum((x - middle) ** 2 for x in ranks) for ranks in (first, second)]
-    return both / (own[0] * own[1]) ** 0.5 if own[0] and own[1] else None
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [0.0] * len(values)
-    begin = 0
-    while begin < len(order):
-        end = begin
-        while end + 1 < len(order) and values[order[end + 1]] == values[order[begin]]:
-            end += 1
-        for n in range(begin, end + 1):
-            ranks[order[n]] = (begin + end) / 2
-        begin = end + 1
-    return ranks
 
 
 def _mean(values: Sequence[float]) -> str:
