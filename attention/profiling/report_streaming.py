@@ -58,13 +58,13 @@ def streaming_section(profile: Profile) -> Section:
         for name, grid in grids.items()
     }
     scale = Scale.over(list(tables.values()), percent, lambda share: f"{100 * share:.0f}")
-    pictures = [Picture(heat_map(name, values, scale)) for name, values in tables.items()]
+    pictures = [*(Picture(heat_map(name, values, scale)) for name, values in tables.items()), Picture(scale.bar())]
     if profile.alphas is not None:
         said.append(_agreement(profile, known))
         pictures.append(
             Picture(_against(profile, known), "Each mark is a head; filled ones stream in the default point.")
         )
-    parts.append(Gallery((*pictures, Picture(scale.bar())), "In %."))
+    parts.append(Gallery(tuple(pictures), "In %."))
     if profile.alphas is None:
         said.append("No alphas were trained, so there is nothing that statistics could be compared with.")
     return Section("streaming", "Streaming heads", tuple(said), tuple(parts))
