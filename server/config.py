@@ -82,7 +82,7 @@ class ServerConfig:
     device: Device = _knob("Model", "Where the model runs; auto: a GPU where there is one.", "auto")
     load_format: LoadFormat = _knob("Model", "auto, safetensors: the weights; dummy: random ones, for tests.", "auto")
     fused_kernels: bool = _knob(
-        "Model", "On a GPU, run norms, activations and rotations as one kernel each where Liger-Kernel is installed.", True
+        "Model", "On a GPU, norms, activations and rotations are one kernel each where Liger-Kernel is installed.", True
     )
     generation_config: GenerationDefaults = _knob(
         "Model", "auto: sampling defaults from the model's generation_config.json; none: OpenAI's.", "auto"

@@ -180,7 +180,7 @@ class Shown:
 
         self._console, self._began = console, time.monotonic()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self._bars = Progress(*columns, console=console, transient=True)
+        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._bars.start()
         self._task: TaskID | None = None
 
@@ -224,7 +224,9 @@ def _print_summary(console: "Console", found: "Profile", out: Path) -> None:
         f"Shares of dense; densities at {longest} tokens; the last two on documents that nothing was chosen by."
     )
     console.print(
-        f"Wrote {out}; serve it with: gossamer serve {found.about['model']} --attention-policy {out}", markup=False
+        f"Wrote {out} and {out.with_suffix('.html')}, its report; serve it with: "
+        f"gossamer serve {found.about['model']} --attention-policy {out}",
+        markup=False,
     )
 
 

@@ -11,9 +11,10 @@ from tiny_models import save_tiny_model
 from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.policy_file import load_policy_file
 from gossamer.attention.policy_view import Phase
-from gossamer.attention.profiling import candidates, profiler
+from gossamer.attention.profiling import candidates, profiler, subject
 from gossamer.attention.profiling.candidates import Candidate
 from gossamer.attention.profiling.cost import load_device_profile
+from gossamer.attention.profiling.tasks import TASKS
 
 COMMAND = ("profile",)
 QUICK = ("--lengths", "768", "--questions", "2", "--device", "cpu", "--threads", "1", "--point", "near=10:0.5")
@@ -42,6 +43,7 @@ def profiled(folder: Path) -> Path:
     """A policy of the packaged demo model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiler, "ladder", few)
+        patch.setattr(subject, "ASKED", [TASKS["multikey"], TASKS["pairs"]])
         result = run(COMMAND, *QUICK, "-o", folder / "demo.yaml")
         assert result.exit_code == 0, result.output
         assert "near" in result.stdout
@@ -62,6 +64,13 @@ def test_the_policy_is_one_that_the_server_runs(profiled: Path) -> None:
     assert run(("policy", "check"), profiled, "--model", "gossamer-demo").exit_code == 0
 
 
+def test_a_report_lies_beside_it(profiled: Path) -> None:
+    page, text = (profiled.with_suffix(ending).read_text("utf-8") for ending in (".html", ".md"))
+    for shown in (page, text):
+        assert "near" in shown
+        assert "768" in shown
+
+
 def test_what_lies_beside_it_can_be_used(profiled: Path) -> None:
     labels = load_file(profiled.with_name("demo-labels.safetensors"))
     for layer in range(4):
@@ -76,6 +85,7 @@ def test_what_lies_beside_it_can_be_used(profiled: Path) -> None:
 def test_it_goes_on_where_it_was(profiled: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = profiled.read_text("utf-8")
     monkeypatch.setattr(profiler, "ladder", few)
+    monkeypatch.setattr(subject, "ASKED", [TASKS["multikey"], TASKS["pairs"]])
 
     def never(*_: object) -> None:
         raise AssertionError("calibrated again")

@@ -16,6 +16,7 @@ from gossamer.attention.profiling.gate_training import rotary_of
 from gossamer.attention.profiling.profile import Profile, Settings
 from gossamer.attention.profiling.profiler import Profiler
 from gossamer.attention.profiling.reading import shape_of
+from gossamer.attention.profiling.report import write_report
 from gossamer.attention.profiling.state import State
 from gossamer.attention.profiling.subject import Progress, Subject
 from gossamer.attention.profiling.tasks import Filler, Split
@@ -83,6 +84,7 @@ def profile(job: Job, progress: Progress) -> Profile:
     profiler = Profiler(subject, job.settings, job.out.parent, job.name, state, progress, device_profile, about)
     found = profiler.run()
     job.out.write_text(to_yaml(found.file), "utf-8")
+    write_report(found, job.out)
     if device_profile is None:
         save_device_profile(found.device, job.beside("-device.json"))
     return found
