@@ -76,7 +76,7 @@ def profile(
         typer.Option(
             "--device-profile",
             metavar="FILE",
-            help="What attention costs, as an earlier run wrote it; measured when left out.",
+            help="What attention costs: a file that an earlier run wrote, or a packaged name; measured when left out.",
             show_default=False,
         ),
     ] = None,

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -84,15 +85,23 @@ class Reads:
     singles: float = 0.0
 
 
-def load_device_profile(path: Path) -> DeviceProfile:
-    """Raises DeviceProfileError."""
+def packaged_devices() -> Mapping[str, Path]:
+    """Device profiles that come with Gossamer, by name."""
+    folder = Path(str(files("gossamer") / "configs" / "devices"))
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def load_device_profile(asked: Path) -> DeviceProfile:
+    """A file, or the name of a packaged one. Raises DeviceProfileError."""
+    packaged = packaged_devices()
+    path = packaged.get(str(asked), asked)
     try:
         return DeviceProfile.model_validate_json(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError, ValueError) as error:
         detail = str(error).splitlines()[0]
         raise DeviceProfileError(
-            f"The device profile {path} cannot be used ({detail}); give a file that `gossamer profile` wrote, or leave "
-            "--device-profile out."
+            f"The device profile {path} cannot be used ({detail}); give a file that `gossamer profile` wrote, one of "
+            f"{', '.join(packaged) or 'none'}, or leave --device-profile out."
         ) from error
 
 
