@@ -15,12 +15,12 @@ PIECE = 16  # pages
 OFFSETS = 256  # distances that a program of the third kernel joins
 
 
-def tile(dim: int, itemsize: int, queries: int) -> dict[str, int]:
+def tile(dim: int, itemsize: int, queries: int, fp8: bool = False) -> dict[str, int]:
     """Rows per program and compiler options, for spans of up to `queries` rows; nothing is spilled, as tests see."""
     wide = max(16, triton.next_power_of_2(dim))
     block = min(64, max(16, triton.next_power_of_2(queries)))
     if itemsize == 4:  # there to be right, not fast
-        block = 32 if wide == 128 else 16
+        block = 32 if wide == 128 and not fp8 else 16
     return {"M": block, "WIDE": wide, "num_warps": 8, "num_stages": 2 if itemsize < 4 and wide <= 128 else 1}
 
 
@@ -35,7 +35,7 @@ def launch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, probe: int, *, scale: fl
     own = stored(q, kv)
     about = (kv.table, kv.length, kv.heads, kv.sink, kv.window, spans.seq, spans.token, spans.pos, spans.count)
     strides = (*q.stride()[:2], *kv.k.stride()[:3], *own.strides[1:], kv.table.stride(0), kv.sink.stride(0))
-    options = tile(dim, own.itemsize, queries * kv.ratio)
+    options = tile(dim, own.itemsize, queries * kv.ratio, own.form > 0)
     pieces = triton.cdiv(pages, PIECE)
     part = torch.full((len(rows), heads, queries * kv.ratio, pieces), -torch.inf, device=q.device)
     _row_lse[(pieces, triton.cdiv(part.shape[2], options["M"]), len(rows) * heads)](
@@ -44,7 +44,7 @@ def launch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, probe: int, *, scale: fl
         enable_fp_fusion=True,  # said aloud, because Triton's default is about to change
     )  # fmt: skip
     lse = part.logsumexp(-1)
-    options = tile(dim, own.itemsize, queries)
+    options = tile(dim, own.itemsize, queries, own.form > 0)
     chunks = triton.cdiv(queries, options["M"])
     distances = torch.empty(len(rows), heads, chunks, pages, 2 * size, dtype=torch.float32, device=q.device)
     _page_sums[(pages, heads, len(rows))](
