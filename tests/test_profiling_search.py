@@ -24,6 +24,7 @@ from gossamer.attention.profiling.cost import (
     Reads,
     Weights,
     load_device_profile,
+    packaged_devices,
     save_device_profile,
 )
 from gossamer.attention.profiling.findings import Found
@@ -257,6 +258,18 @@ def test_a_device_profile_comes_back(tmp_path: Path) -> None:
         load_device_profile(path)
     with pytest.raises(DeviceProfileError):
         load_device_profile(tmp_path / "none.json")
+
+
+def test_packaged_device_profiles_know_every_candidate() -> None:
+    kinds = {phase: {each.kind for each in ladder(phase, labels="l", gates="g")} for phase in PHASES}
+    assert packaged_devices()
+    for name in packaged_devices():
+        profile = load_device_profile(Path(name))
+        for phase, own in kinds.items():
+            for kind in own:
+                assert profile.seconds(phase, kind, seen=512, reads=Reads(0.5)) > 0
+            dense = profile.seconds(phase, "dense", seen=512, reads=Reads(1.0))
+            assert profile.seconds(phase, "dense", seen=128, reads=Reads(1.0)) < dense
 
 
 def test_sensitivity_is_divergence_per_error_and_never_nothing() -> None:
