@@ -1,6 +1,7 @@
 """What policies read beside themselves: captured attention, label channels, distilled gates."""
 
 import random
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.policy import dense_policy
 from gossamer.attention.profiling.capture import Captured, capture
+from gossamer.attention.profiling.gate_training import Lessons, rotary_of
 from gossamer.attention.profiling.gates import (
     GateWeights,
     Lesson,
@@ -25,6 +27,7 @@ from gossamer.attention.profiling.gates import (
     write_gates,
 )
 from gossamer.attention.profiling.labels import rank_channels, write_labels
+from gossamer.attention.profiling.reading import Reader, shape_of
 from gossamer.attention.selectors import Budget, LearnedGate
 from gossamer.kernels.layout import PAGE_SIZE, BlockRow, QueryBlocks
 from gossamer.kvcache.summaries import Rotary
@@ -68,6 +71,24 @@ def test_what_is_captured_is_what_the_layers_attend_with(model: Any) -> None:
     for one, other in zip(in_chunks, at_once, strict=True):
         for mine, theirs in ((one.q, other.q), (one.k, other.k), (one.v, other.v)):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_lessons_of_a_text_in_chunks_are_those_of_all_of_it(model: Any) -> None:
+    tokens = torch.randint(4, 300, (400,), generator=torch.Generator().manual_seed(0))
+    policy = dense_policy(model.config.num_hidden_layers, model.config.num_key_value_heads)
+    layers, shape = capture(model, tokens, policy), shape_of(model)
+    rotary = rotary_of(model)
+    assert rotary is not None
+    sizes: dict[Phase, int] = {"prefill": 64, "decode": 1}
+    first = {"prefill": [64, 192, 384], "decode": [130, 255, 256, 399]}
+    watcher = Lessons(rotary, 400, (0, 2), sizes, {phase: first[phase] for phase in sizes})
+    Reader(model, policy, room=400, chunk=128, shape=shape, watcher=watcher).read(tokens.tolist(), prompt=400, rows=())
+    for phase, size in sizes.items():
+        assert set(watcher.found[phase]) == {0, 2}
+        for number, found in watcher.found[phase].items():
+            whole = lesson(layers[number], rotary, first[phase], size)
+            for mine, theirs in zip(astuple(found), astuple(whole), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_channels_are_ranked_by_their_products(tmp_path: Path) -> None:

@@ -77,7 +77,10 @@ class Calibration:
     ) -> None:
         self._shape, self._seed = shape, seed
         self._selectors: dict[Phase, list[list[Selector]]] = {
-            phase: [[each.selector(layer, shape, artefacts) for each in own] for layer in range(shape.layers)]
+            phase: [
+                [each.selector(layer, shape, artefacts) for each in own] if layer in shape.free else []
+                for layer in range(shape.layers)
+            ]
             for phase, own in candidates.items()
         }
         self._windows = {phase: [each.window for each in own] for phase, own in candidates.items()}

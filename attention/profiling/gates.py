@@ -49,27 +49,31 @@ class GateWeights:
 def lesson(layer: Captured, rotary: Rotary, first: Sequence[int], size: int) -> Lesson:
     """first: positions at which blocks of `size` queries begin, each a multiple of `size`. A block of one query is a
     generated token."""
-    k, dim = layer.k, layer.k.shape[2]
+    return make_lesson([layer.q[begin : begin + size] for begin in first], layer.k, layer.scale, rotary, first)
+
+
+def make_lesson(blocks: Sequence[Tensor], k: Tensor, scale: float, rotary: Rotary, first: Sequence[int]) -> Lesson:
+    """The same of what is needed: blocks of queries [n, H, D] that begin at `first`, and all keys k [T, G, D]."""
+    dim = k.shape[2]
     whole = k.shape[0] // PAGE_SIZE
     paged = k[: whole * PAGE_SIZE].unflatten(0, (whole, PAGE_SIZE)).permute(2, 0, 1, 3).contiguous()  # [G, L, S, D]
     pooled = torch.empty(*paged.shape[:2], 3, dim, device=k.device)
     page = torch.arange(whole, dtype=torch.int32, device=k.device)
     page_pools(paged, page, page * PAGE_SIZE, rotary.inv_freq, rotary.scaling, pooled)
     means, targets = [], []
-    for begin in first:
-        q = layer.q[begin : begin + size]
+    for q, begin in zip(blocks, first, strict=True):
         place = torch.arange(begin, begin + len(q), device=k.device)[:, None].expand(-1, q.shape[1])
         means.append(rotary.turn(q, place, back=True).mean(0).unflatten(0, (k.shape[1], -1)).flatten(1))
-        targets.append(_target(layer, begin, len(q), whole))
+        targets.append(_target(q, k, scale, begin, whole))
     origin = torch.tensor(list(first), device=k.device)
     return Lesson(torch.stack(means), origin, pooled.flatten(2), origin // PAGE_SIZE, torch.stack(targets))
 
 
-def _target(layer: Captured, begin: int, count: int, pages: int) -> Tensor:
+def _target(q: Tensor, k: Tensor, scale: float, begin: int, pages: int) -> Tensor:
     """[G, L]"""
-    end, groups = begin + count, layer.k.shape[1]
-    q = layer.q[begin:end].float().unflatten(1, (groups, layer.ratio)).permute(1, 2, 0, 3)  # [G, ratio, count, D]
-    logits = q @ layer.k[:end].float().permute(1, 2, 0)[:, None] * layer.scale
+    end, groups = begin + len(q), k.shape[1]
+    grouped = q.float().unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, ratio, count, D]
+    logits = grouped @ k[:end].float().permute(1, 2, 0)[:, None] * scale
     future = torch.arange(end, device=q.device) > torch.arange(begin, end, device=q.device)[:, None]
     weight = logits.masked_fill(future, -torch.inf).softmax(-1).amax((1, 2))  # [G, end]
     past = begin // PAGE_SIZE
