@@ -38,7 +38,8 @@ def tile(dim: int, itemsize: int, rows: int, *, tokens: bool, capability: int, f
     elif wide <= 64:
         most, warps, stages = 128, 8, 4
     elif wide <= 128:
-        most, warps, stages = 128 if capability >= 90 and not (fp8 and capability >= 100) else 64, 8, 4
+        most, warps = 128 if capability >= 90 and not (fp8 and capability >= 100) else 64, 8
+        stages = 3 if fp8 and tokens and capability >= 90 else 4  # a fourth spills with softcap and sinks
     else:
         most, warps, stages = 64 if capability >= 90 and not tokens and not fp8 else 32, 8, 2
     block = min(most, max(16, triton.next_power_of_2(rows)))
