@@ -36,8 +36,14 @@ GPU_STEP_TOKENS = 8192
 ACTIVATION_COPIES = 4  # of a step's widest activation that may live at once
 
 
-def build_engine(config: ServerConfig, metrics: Observer, report: Callable[[str], None]) -> Engine:
-    """Load the model, check the policy, size the cache. `report` gets a line of progress at a time."""
+def build_engine(
+    config: ServerConfig,
+    metrics: Observer,
+    report: Callable[[str], None],
+    choose: Callable[[Model], AttentionPolicy] | None = None,
+) -> Engine:
+    """Load the model, check the policy, size the cache. `report` gets a line of progress at a time. `choose`: the policy
+    in place of the one that `config` names."""
     device = _device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -59,7 +65,7 @@ def build_engine(config: ServerConfig, metrics: Observer, report: Callable[[str]
         fused=config.fused_kernels,
         report=report,
     )
-    policy = attention_policy(config, model, report)
+    policy = attention_policy(config, model, report) if choose is None else choose(model)
     return assemble(config, model, tokenizer, policy, metrics, report)
 
 

@@ -1,0 +1,1 @@
+"""Evaluation: what operating points cost in answers, against dense attention."""
