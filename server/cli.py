@@ -12,6 +12,7 @@ import typer
 from gossamer import __version__
 from gossamer.server.bench_commands import bench
 from gossamer.server.config import ConfigError, ServerConfig, default_text, flag_of, kind_of, make_config
+from gossamer.server.eval_commands import evaluate
 from gossamer.server.exits import fail
 from gossamer.server.policy_commands import policy
 from gossamer.server.profile_commands import profile
@@ -118,5 +119,6 @@ def _metavar(spec: "dataclasses.Field[Any]", kind: type) -> str:
 
 app.command("serve")(_with_flags(serve))
 app.command("profile")(profile)
+app.command("eval")(evaluate)
 app.add_typer(policy)
 app.add_typer(bench)

@@ -42,8 +42,8 @@ def build_engine(
     report: Callable[[str], None],
     choose: Callable[[Model], AttentionPolicy] | None = None,
 ) -> Engine:
-    """Load the model, check the policy, size the cache. `report` gets a line of progress at a time. `choose`: the policy
-    in place of the one that `config` names."""
+    """Load the model, check the policy, size the cache. `report` gets a line of progress at a time. `choose`: which
+    policy, in place of the one that `config` names."""
     device = _device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)

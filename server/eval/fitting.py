@@ -115,6 +115,7 @@ def questions(speech: Speech, content: Content, *, task: str, length: int, seed:
                 chat=chat,
                 prompt="" if chat else plain_prompt(text),
                 references=asked.references,
+                tokens=count_tokens(speech, text),
                 most=most,
                 any_counts=asked.any_counts,
                 depth=asked.depth,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gossamer.attention.policy import AttentionPolicy, OperatingPoint, dense_policy, within_windows
-from gossamer.attention.policy_file import PolicyError, check_model
 from gossamer.attention.policy_view import LoadedPolicy
 from gossamer.server.config import ServerConfig
 from gossamer.server.engine.build import build_engine
@@ -113,23 +112,12 @@ class Local:
 
 
 def together(model: Model, wanted: Sequence[Wanted], said: list[str]) -> AttentionPolicy:
-    """Dense, and then every point that was asked for, as "policy:point". Points that are dense are the baseline already,
-    which is `said`. Raises EvalError."""
+    """Dense, and then every point that was asked for, as "policy:point". One that is dense is the baseline already, which
+    is `said`."""
     shape = model.shape
     points = [OperatingPoint(DENSE, dense_policy(shape.layers, shape.kv_heads).points[0].heads)]
     for each in wanted:
-        file, policy = each.loaded.file, each.loaded.policy
-        try:
-            check_model(
-                file,
-                model_type=model.family,
-                layers=shape.layers,
-                kv_heads=shape.kv_heads,
-                query_heads=shape.query_heads,
-                head_dim=shape.head_dim,
-            )
-        except PolicyError as error:
-            raise EvalError(str(error)) from error
+        policy = each.loaded.policy
         for point in policy.points:
             name = f"{policy.name}:{point.name}"
             if each.point not in (None, point.name) or name in [own.name for own in points]:

@@ -42,6 +42,7 @@ def own_questions(path: Path, speech: Speech, most: int) -> list[Question]:
                 chat=tuple(chat or ()),
                 prompt=text,
                 references=tuple(references),
+                tokens=tokens,
                 most=most,
             )
         )

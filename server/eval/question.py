@@ -16,8 +16,9 @@ class EvalError(Exception):
 class Question:
     """One request. Questions of one `document` differ in their ends alone, so that a prefix cache holds the rest.
 
-    length: tokens that prompt and reply have together, at most. most: tokens of the reply. any_counts: one reference
-    is enough, as in RULER's QA; elsewhere the share of the references counts. depth: of a needle, 0 to 1."""
+    length: tokens that prompt and reply have together, at most. tokens: of the prompt. most: tokens of the reply.
+    any_counts: one reference is enough, as in RULER's QA; elsewhere the share of the references counts. depth: of a
+    needle, 0 to 1."""
 
     task: str
     length: int
@@ -26,6 +27,7 @@ class Question:
     chat: tuple[Message, ...]  # empty: `prompt` is sent as it is
     prompt: str
     references: tuple[str, ...]
+    tokens: int
     most: int
     any_counts: bool = False
     depth: float | None = None

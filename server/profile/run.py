@@ -56,7 +56,7 @@ def profile(job: Job, progress: Progress) -> Profile:
     one sentence."""
     config = job.config
     device_profile = load_device_profile(job.device_profile) if job.device_profile else None
-    lines, data = _text(job.data)
+    lines, data = held_out_text(job.data)
     subject = _subject(config, lines, progress)
     shape = subject.shape
     if device_profile and (device_profile.ratio, device_profile.head_dim) != (shape.ratio, shape.head_dim):
@@ -128,7 +128,7 @@ def _subject(config: ServerConfig, lines: dict[Split, list[str]], progress: Prog
     return Subject(model.module, shape, entry, tokenizer, fillers, pairs, CHUNKS[shape.device.type])
 
 
-def _text(data: Path | None) -> tuple[dict[Split, list[str]], str]:
+def held_out_text(data: Path | None) -> tuple[dict[Split, list[str]], str]:
     """Lines for each split, and what to call them. Of a user's text every tenth stretch of lines is held out."""
     if data is None:
         return {"train": library_lines("train"), "eval": library_lines("eval")}, "Python's standard library"
