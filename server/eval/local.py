@@ -85,7 +85,8 @@ class Local:
         first = self._submit(point, questions[0])
         first[1].wait()
         replies = [first, *(self._submit(point, question) for question in questions[1:])]
-        return [Answer(reply.text, _use(length, reply)) for length, reply in replies]
+        uses = [_use(length, reply) for length, reply in replies]  # waits for the end
+        return [Answer(reply.text, use) for (_, reply), use in zip(replies, uses, strict=True)]
 
     def read(self, point: str, passage: Passage) -> Likelihood:
         reply = self._send(point, passage.tokens, 1, prompt_logprobs=0)
@@ -112,8 +113,8 @@ class Local:
 
 
 def together(model: Model, wanted: Sequence[Wanted], said: list[str]) -> AttentionPolicy:
-    """Dense, and then every point that was asked for, as "policy:point". One that is dense is the baseline already, which
-    is `said`."""
+    """Dense, and then every point that was asked for, as "policy:point". One that is dense is the baseline already,
+    which is `said`."""
     shape = model.shape
     points = [OperatingPoint(DENSE, dense_policy(shape.layers, shape.kv_heads).points[0].heads)]
     for each in wanted:

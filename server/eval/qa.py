@@ -39,13 +39,13 @@ class QAText:
         found: dict[str, list[Entry]] = {"qa_1": [], "qa_2": []}
         for number, line in json_lines(path, "--qa"):
             context, question, answers = (line.get(name) for name in ("context", "question", "answers"))
-            contexts = [context] if isinstance(context, str) else context
-            if not (_texts(contexts) and _texts(answers) and isinstance(question, str) and question):
+            contexts, right = _texts([context] if isinstance(context, str) else context), _texts(answers)
+            if not (contexts and right and isinstance(question, str) and question):
                 raise EvalError(
                     f'--qa {path} is wrong in line {number}: write {{"context": "…", "question": "…", "answers": '
                     '["…"]}, where context may be a list of texts.'
                 )
-            entry = Entry(tuple(contexts), question, tuple(answers))
+            entry = Entry(contexts, question, right)
             found["qa_1" if len(entry.context) == 1 else "qa_2"].append(entry)
         return cls({task: tuple(own) for task, own in found.items() if own})
 
@@ -93,6 +93,7 @@ def json_lines(path: Path, flag: str) -> Iterator[tuple[int, dict[str, object]]]
         raise EvalError(f"{flag} {path} is empty; give a file of JSON lines.")
 
 
-def _texts(value: object) -> bool:
-    """Whether it is a list of texts, none of them empty, and not empty itself."""
-    return isinstance(value, list) and bool(value) and all(isinstance(each, str) and each for each in value)
+def _texts(value: object) -> tuple[str, ...]:
+    """A list of texts; empty where it is anything else, or holds an empty one."""
+    texts = value if isinstance(value, list) else []
+    return tuple(texts) if all(isinstance(each, str) and each for each in texts) else ()

@@ -98,8 +98,8 @@ def _niah(task: Niah, draw: Draw, material: Material, questions: int, size: int)
     own = [(key, [make(rng) for _ in range(task.values)]) for key in islice(keys, task.keys)]
     facts = [NEEDLE.fact.format(kind=kind, key=key, value=value) for key, values in own for value in values]
     rng.shuffle(facts)
-    lines = [NOISE] * size if task.haystack == "noise" else material.filler.take(draw("haystack"), size)
-    document = hide(lines, facts, depths(rng, len(facts)))
+    hay = [NOISE] * size if task.haystack == "noise" else material.filler.take(draw("haystack"), size)
+    document = hide(hay, facts, depths(rng, len(facts)))
     if task.values > 1:
         ((key, values),) = own
         return Content(document, (Asked(SEVERAL_VALUES.format(kind=kind, key=key), tuple(values)),))
@@ -172,7 +172,7 @@ def _list_words(words: Sequence[str], rng: random.Random) -> Iterator[str]:
 
 def _numbered(words: Sequence[str], often: int, seldom: int, rng: random.Random) -> str:
     """The first ten so often, the others so seldom, in any order."""
-    entries = [*words[:COMMON] * often, *words[COMMON:] * seldom]
+    entries = [*list(words[:COMMON]) * often, *list(words[COMMON:]) * seldom]
     rng.shuffle(entries)
     return _numbered_line(entries) + "\n"
 

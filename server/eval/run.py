@@ -19,6 +19,7 @@ from gossamer.server.eval.answering import Answering
 from gossamer.server.eval.haystacks import Material
 from gossamer.server.eval.local import Local, Wanted
 from gossamer.server.eval.question import EvalError, Passage, Question
+from gossamer.server.eval.remote import Remote
 from gossamer.server.eval.results import Cell, Outcome, Predicted, cells
 from gossamer.server.eval.suites import SUITES, Plan, make_work
 from gossamer.server.profile.run import held_out_text
@@ -107,6 +108,14 @@ def _ask_all(answering: Answering, work: Sequence[list[Question] | Passage], fou
 def _answering(
     job: Job, wanted: Sequence[Wanted], longest: int, report: Callable[[str], None]
 ) -> tuple[Answering, Callable[[], None]]:
+    if job.url is not None:
+        remote = Remote(job.url, job.config.model, job.key, job.policies)
+        if remote.max_model_len is not None and longest > remote.max_model_len:
+            raise EvalError(
+                f"The longest request has {longest} tokens, but the server takes {remote.max_model_len}; give shorter "
+                "--lengths."
+            )
+        return remote, remote.stop
     config = dataclasses.replace(job.config, max_model_len=longest, max_num_seqs=SEQUENCES)
     local = Local(config, wanted, longest, report)
     return local, local.stop
