@@ -26,7 +26,7 @@ class Remote:
             self._headers["Authorization"] = f"Bearer {key}"
         card = _card(self._call("/models"), model, self._url)
         self._model: str = card["id"]
-        self.max_model_len: int | None = card.get("max_model_len")
+        self._most: int | None = card.get("max_model_len")
         offered: list[str] = card.get("attention_policies") or []
         self._ours = bool(offered)
         for point in asked:
@@ -40,8 +40,12 @@ class Remote:
         if not self.points:
             raise EvalError("The server has no dense operating point that requests may choose; name another --policy.")
 
-    def stop(self) -> None:
-        """Nothing is held."""
+    def check_length(self, longest: int) -> None:
+        """Before anything is asked: a prompt and its reply have so many tokens at most."""
+        if self._most is not None and longest > self._most:
+            raise EvalError(
+                f"The longest request has {longest} tokens, but the server takes {self._most}; give shorter --lengths."
+            )
 
     def ask(self, point: str, questions: Sequence[Question]) -> list[Answer]:
         first = self._ask(point, questions[0])

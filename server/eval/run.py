@@ -1,7 +1,7 @@
 """Makes the questions, has them answered at every point, and counts."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,23 +64,39 @@ class Found:
 def evaluate(job: Job, progress: Progress) -> Found:
     """Raises StartupError or EvalError with one sentence. An interrupt ends it with what there is, and a note."""
     config, plan = job.config, job.plan
-    wanted = [] if job.url else _policies(config, job.policies)
+    remote = None if job.url is None else Remote(job.url, config.model, job.key, job.policies)
+    wanted = _policies(config, job.policies) if remote is None else []
     speech = _tokenizer(config)
-    held, data = held_out_text(job.data) if set(plan.suites) & set(SUITES) else ({"eval": [""]}, "the user's own")
+    needs_text = bool(set(plan.suites) & set(SUITES))  # a file's prompts have their own
+    held, data = held_out_text(job.data) if needs_text else ({"eval": ["none"]}, "the user's own")
     progress.say("Making the documents")
-    lines = held["eval"] if any(held["eval"]) else ["nothing to hide in"]  # a file's prompts need no haystack
-    material = Material.of(Filler(lines, lambda text: speech.encode(text, add_special_tokens=False)))
+    material = Material.of(Filler(held["eval"], lambda text: speech.encode(text, add_special_tokens=False)))
     work = list(make_work(plan, speech, material))
     if not work:
         raise EvalError("None of the tasks asked for can be made; RULER's QA needs your text: --qa FILE.")
-    answering, stop = _answering(job, wanted, _longest(work), progress.say)
+    longest = _longest(work)
+    if remote is not None:
+        remote.check_length(longest)
+        return _found(plan, remote, data, work, progress)
+    served = dataclasses.replace(config, max_model_len=longest, max_num_seqs=SEQUENCES)
+    local = Local(served, wanted, longest, progress.say)
     try:
-        found = Found(answering.points, answering.baseline, data, notes=_notes(plan, answering))
-        if isinstance(answering, Local):
-            found.notes += [f"{said}." for said in answering.said]
-        _ask_all(answering, work, found, progress)
+        found = _found(plan, local, data, work, progress)
     finally:
-        stop()
+        local.stop()
+    found.notes += [f"{said}." for said in local.said]
+    return found
+
+
+def _found(
+    plan: Plan, answering: Answering, data: str, work: Sequence[list[Question] | Passage], progress: Progress
+) -> Found:
+    found = Found(answering.points, answering.baseline, data)
+    if plan.left_out:
+        found.notes.append(f"Left out, for want of --qa FILE with text for it: {', '.join(plan.left_out)}.")
+    if answering.baseline is None:
+        found.notes.append("The server offers no dense operating point to compare with.")
+    _ask_all(answering, work, found, progress)
     return found
 
 
@@ -105,36 +121,11 @@ def _ask_all(answering: Answering, work: Sequence[list[Question] | Passage], fou
         found.notes.append("Stopped before the end: these are the documents that all points had answered.")
 
 
-def _answering(
-    job: Job, wanted: Sequence[Wanted], longest: int, report: Callable[[str], None]
-) -> tuple[Answering, Callable[[], None]]:
-    if job.url is not None:
-        remote = Remote(job.url, job.config.model, job.key, job.policies)
-        if remote.max_model_len is not None and longest > remote.max_model_len:
-            raise EvalError(
-                f"The longest request has {longest} tokens, but the server takes {remote.max_model_len}; give shorter "
-                "--lengths."
-            )
-        return remote, remote.stop
-    config = dataclasses.replace(job.config, max_model_len=longest, max_num_seqs=SEQUENCES)
-    local = Local(config, wanted, longest, report)
-    return local, local.stop
-
-
 def _longest(work: Sequence[list[Question] | Passage]) -> int:
     """Tokens of the longest prompt with its reply."""
     return max(
         len(each.tokens) + 1 if isinstance(each, Passage) else max(q.tokens + q.most for q in each) for each in work
     )
-
-
-def _notes(plan: Plan, answering: Answering) -> list[str]:
-    notes = []
-    if plan.left_out:
-        notes.append(f"Left out, for want of --qa FILE with text for it: {', '.join(plan.left_out)}.")
-    if answering.baseline is None:
-        notes.append("The server offers no dense operating point to compare with.")
-    return notes
 
 
 def _policies(config: ServerConfig, asked: Sequence[str]) -> list[Wanted]:
