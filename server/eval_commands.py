@@ -186,15 +186,14 @@ def _run(job: "Job", json_file: Path | None, plots: Path | None) -> None:
         torch.set_num_threads(job.config.threads)
     shown = Shown(Console(highlight=False, soft_wrap=True, stderr=True))
     try:
-        found = run(job, shown)
+        try:
+            found = run(job, shown)
+        finally:
+            shown.end()
     except (StartupError, EvalError) as error:
-        shown.end()
         fail(str(error), code=1)
     except KeyboardInterrupt:
-        shown.end()
         fail("Stopped before any document was answered.", code=130)
-    finally:
-        shown.end()
     _write(found, job, json_file, plots)
 
 
