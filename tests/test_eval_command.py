@@ -39,6 +39,7 @@ def test_own_prompts_at_every_point_with_pictures(prompts: Path, tmp_path: Path)
     points = ["dense", "gossamer-demo-mixed:fast", "gossamer-demo:balanced"]
     assert told["points"] == points and told["baseline"] == "dense"
     assert told["notes"] == ["gossamer-demo-mixed:exact is dense."]
+    assert len(set(told["fingerprints"].values())) == len(points) and len(told["weights"]) == 16
     assert {"command", "commit", "device", "versions"} <= told.keys()
     assert told["plan"]["seeds"] == [10000, 10001] and told["plan"]["split"] == "eval"
     cells = {(cell["task"], cell["point"]): cell for cell in told["cells"]}
@@ -73,7 +74,7 @@ def test_an_interrupt_keeps_what_was_answered(prompts: Path, tmp_path: Path, mon
     assert result.exit_code == 0, result.output
     told = json.loads(file.read_text("utf-8"))
     assert [answer["point"] for answer in told["answers"]] == ["dense", "gossamer-demo:fast"]
-    assert told["notes"][-2].startswith("Stopped before the end")
+    assert told["notes"][-1].startswith("Stopped before the end")
 
 
 @pytest.mark.parametrize(

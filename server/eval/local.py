@@ -95,6 +95,9 @@ class Local:
         found = tuple(each.logprob for each in started.prompt_logprobs[-passage.scored :] if each is not None)
         return Likelihood(found, _use(len(passage.tokens), reply))
 
+    def fingerprints(self) -> dict[str, str]:
+        return {point: self._engine.fingerprint_of(point) for point in self.points}
+
     def _submit(self, point: str, question: Question) -> tuple[int, _Reply]:
         speech = self._engine.tokenizer
         tokens = speech.encode_chat(question.chat) if question.chat else speech.encode(question.prompt)

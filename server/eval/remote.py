@@ -21,6 +21,7 @@ class Remote:
     def __init__(self, url: str, model: str, key: str | None, asked: Sequence[str]) -> None:
         """asked: operating points; none for all that the server offers. Its dense one, if there is one, comes first."""
         self._url = url.rstrip("/")
+        self._fingerprints: dict[str, str] = {}
         self._headers = {"Content-Type": "application/json"}
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
@@ -71,6 +72,9 @@ class Remote:
             )
         return Likelihood(scored, _use(given))
 
+    def fingerprints(self) -> dict[str, str]:
+        return dict(self._fingerprints)
+
     def _ask(self, point: str, question: Question) -> Answer:
         if question.chat:
             given = self._call("/chat/completions", self._body(point, {"messages": list(question.chat)}, question.most))
@@ -81,6 +85,8 @@ class Remote:
             text = choice["message"]["content"] if question.chat else choice["text"]
         except (KeyError, IndexError, TypeError) as error:
             raise EvalError(f"The server at {self._url} did not answer as OpenAI's API does.") from error
+        if isinstance(said := given.get("system_fingerprint"), str):
+            self._fingerprints[point] = said
         return Answer(text or "", _use(given))
 
     def _body(self, point: str, own: dict[str, Any], most: int | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from gossamer.server.eval.question import EvalError, Passage, Question
 from gossamer.server.eval.remote import Remote
 from gossamer.server.eval.results import Cell, Outcome, Predicted, cells
 from gossamer.server.eval.suites import SUITES, Plan, make_work
-from gossamer.server.profile.run import held_out_text
+from gossamer.server.profile.run import held_out_text, weights_digest
 
 SEQUENCES = 8  # that the engine here runs at once
 
@@ -53,6 +53,7 @@ class Found:
     points: tuple[str, ...]
     baseline: str | None
     data: str
+    fingerprints: dict[str, str] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     texts: list[Predicted] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -97,6 +98,7 @@ def _found(
     if answering.baseline is None:
         found.notes.append("The server offers no dense operating point to compare with.")
     _ask_all(answering, work, found, progress)
+    found.fingerprints = answering.fingerprints()
     return found
 
 
@@ -171,6 +173,7 @@ def report(found: Found, job: Job, about: dict[str, Any]) -> dict[str, Any]:
         **about,
         "model": job.config.model,
         "url": job.url,
+        "weights": None if job.url else weights_digest(job.config.model_path),
         "text": found.data,
         "plan": {
             "suites": list(plan.suites),
@@ -183,6 +186,7 @@ def report(found: Found, job: Job, about: dict[str, Any]) -> dict[str, Any]:
         },
         "points": list(found.points),
         "baseline": found.baseline,
+        "fingerprints": found.fingerprints,
         "notes": found.notes,
         "cells": [_cell(cell) for cell in found.cells()],
         "needle": needle_grid(found.outcomes),

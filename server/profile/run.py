@@ -69,7 +69,7 @@ def profile(job: Job, progress: Progress) -> Profile:
         raise StartupError("Every layer of this model has a sliding window of its own; there is nothing to choose.")
     about = {
         "model": config.model,
-        "weights": _weights_digest(config.model_path),
+        "weights": weights_digest(config.model_path),
         "data": data,
         "dtype": str(shape.dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -148,7 +148,7 @@ def held_out_text(data: Path | None) -> tuple[dict[Split, list[str]], str]:
     return held, f"{data.name}, SHA-256 {hashlib.sha256(raw).hexdigest()[:16]}"
 
 
-def _weights_digest(path: str) -> str:
+def weights_digest(path: str) -> str:
     """Of the names, sizes and first and last bytes of a folder's weights: enough to tell that they have changed."""
     digest = hashlib.sha256()
     for file in sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []:
