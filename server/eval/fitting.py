@@ -7,6 +7,8 @@ from typing import Protocol
 from gossamer.attention.profiling.tasks import Message
 from gossamer.server.eval.question import EvalError, Question
 
+ROUND_IT = 8  # tokens of a reply beside the answer itself
+
 
 class Speech(Protocol):
     """How the model's text becomes tokens."""
@@ -54,21 +56,31 @@ def plain_prompt(user_text: str) -> str:
 
 
 def fit(speech: Speech, build: Build, *, task: str, length: int, most: int) -> Content:
-    """The largest content whose longest prompt makes at most `length - most` tokens. Raises EvalError where the
-    smallest does not fit."""
-    goal = length - most
+    """The largest content whose longest prompt and a reply (see `reply_tokens`) make at most `length` tokens. Raises
+    EvalError where the smallest does not fit."""
 
     def tokens(size: int) -> int:
         content = build(size)
-        return max(count_tokens(speech, content.user_text(number)) for number in _longest(speech, content))
+        return reply_tokens(speech, content, most) + max(
+            count_tokens(speech, content.user_text(number)) for number in _longest(speech, content)
+        )
 
     least = tokens(0)
-    if least > goal:
+    if least > length:
         raise EvalError(
-            f"The task {task} needs at least {least + most} tokens with this model's tokenizer, more than the {length} "
+            f"The task {task} needs at least {least} tokens with this model's tokenizer, more than the {length} "
             "of --lengths; give a longer one, or leave the task out with --tasks."
         )
-    return build(_largest(tokens, least, goal))
+    return build(_largest(tokens, least, length))
+
+
+def reply_tokens(speech: Speech, content: Content, most: int) -> int:
+    """What a reply may have: `most`, or what a right answer needs where the tokenizer makes more of it."""
+    needed = []
+    for asked in content.asked:
+        answers = asked.references if asked.any_counts else [", ".join(asked.references)]
+        needed += [len(speech.encode(answer, add_special_tokens=False)) + ROUND_IT for answer in answers]
+    return max(most, *needed)
 
 
 def _longest(speech: Speech, content: Content) -> list[int]:
@@ -101,8 +113,9 @@ def _largest(tokens: Callable[[int], int], least: int, goal: int) -> int:
 
 
 def questions(speech: Speech, content: Content, *, task: str, length: int, seed: int, most: int) -> list[Question]:
-    """The requests that ask all of a content."""
+    """The requests that ask all of a content; with replies of at least `most` tokens."""
     made = []
+    reply = reply_tokens(speech, content, most)
     for number, asked in enumerate(content.asked):
         text = content.user_text(number)
         chat: tuple[Message, ...] = ({"role": "user", "content": text},) if speech.has_chat_template else ()
@@ -116,7 +129,7 @@ def questions(speech: Speech, content: Content, *, task: str, length: int, seed:
                 prompt="" if chat else plain_prompt(text),
                 references=asked.references,
                 tokens=count_tokens(speech, text),
-                most=most,
+                most=reply,
                 any_counts=asked.any_counts,
                 depth=asked.depth,
             )
