@@ -141,6 +141,8 @@ def evaluate(
         "kv_cache_dtype": kv_cache_dtype if kv_cache_dtype != "auto" else None,
         "threads": threads,
     }
+    if url is not None and not url.startswith(("http://", "https://")):
+        fail(f"--url is {url!r}: write it whole, such as http://127.0.0.1:8000/v1.", code=2)
     if url is None and api_key_file is not None:
         fail("--api-key-file is for a server; give --url too, or leave it out.", code=2)
     if url is not None and (unused := [name for name, value in engine.items() if value is not None]):

@@ -7,6 +7,7 @@ import pytest
 from command_checks import complaint, run
 from tiny_models import save_tiny_model
 
+from gossamer.attention.packaged import packaged_policies
 from gossamer.server.eval import local
 from gossamer.server.eval import run as eval_run
 
@@ -88,6 +89,7 @@ def test_an_interrupt_keeps_what_was_answered(prompts: Path, tmp_path: Path, mon
         (("--depths", "0,101"), "--depths is '101': give a whole number from 0 to 100"),
         (("--documents", "0"), "--documents is '0'"),
         (("--dtype", "int8"), "dtype"),
+        (("--url", "127.0.0.1:8000"), "--url is '127.0.0.1:8000': write it whole"),
         (("--api-key-file", "key"), "--api-key-file is for a server"),
     ],
 )
@@ -118,6 +120,14 @@ def told(code: int, *arguments: object) -> str:
     last = result.stderr.splitlines()[-1]
     assert last.startswith("gossamer: ") and last.endswith(".")
     return last
+
+
+def test_two_policies_of_one_name_are_refused(prompts: Path, tmp_path: Path) -> None:
+    text = packaged_policies()["gossamer-demo-streaming"].read_text("utf-8")
+    (other := tmp_path / "other.yaml").write_text(text.replace("recent: 256", "recent: 128"), "utf-8")
+    assert other.read_text("utf-8") != text
+    arguments = (*HERE, "--suite", prompts, "--policy", "gossamer-demo-streaming", "--policy", other)
+    assert "Two policies are called 'gossamer-demo-streaming' and differ at" in told(1, *arguments)
 
 
 def test_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:

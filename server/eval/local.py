@@ -117,20 +117,23 @@ class Local:
 
 def together(model: Model, wanted: Sequence[Wanted], said: list[str]) -> AttentionPolicy:
     """Dense, and then every point that was asked for, as "policy:point". One that is dense is the baseline already,
-    which is `said`."""
+    which is `said`. Raises EvalError for two of one name that differ."""
     shape = model.shape
-    points = [OperatingPoint(DENSE, dense_policy(shape.layers, shape.kv_heads).points[0].heads)]
+    dense = OperatingPoint(DENSE, dense_policy(shape.layers, shape.kv_heads).points[0].heads)
+    points = {DENSE: dense}
     for each in wanted:
         policy = each.loaded.policy
         for point in policy.points:
             name = f"{policy.name}:{point.name}"
-            if each.point not in (None, point.name) or name in [own.name for own in points]:
+            if each.point not in (None, point.name):
                 continue
-            if point.is_dense and point.fingerprint() == points[0].fingerprint():
+            if point.fingerprint() == dense.fingerprint():
                 said.append(f"{name} is dense")
-                continue
-            points.append(OperatingPoint(name, point.heads))
-    return AttentionPolicy("eval", tuple(points))
+            elif points.setdefault(name, OperatingPoint(name, point.heads)).fingerprint() != point.fingerprint():
+                raise EvalError(
+                    f"Two policies are called {policy.name!r} and differ at {point.name!r}; change the name in one."
+                )
+    return AttentionPolicy("eval", tuple(points.values()))
 
 
 def _use(prompt: int, reply: _Reply) -> Use:
