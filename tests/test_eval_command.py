@@ -39,7 +39,7 @@ def test_own_prompts_at_every_point_with_pictures(prompts: Path, tmp_path: Path)
     told = json.loads(found.read_text("utf-8"))
     points = ["dense", "gossamer-demo-mixed:fast", "gossamer-demo:balanced"]
     assert told["points"] == points and told["baseline"] == "dense"
-    assert told["notes"] == ["gossamer-demo-mixed:exact is dense."]
+    assert told["notes"] == ["Dense, and so not asked again: gossamer-demo-mixed:exact."]
     assert len(set(told["fingerprints"].values())) == len(points) and len(told["weights"]) == 16
     assert {"command", "commit", "device", "versions"} <= told.keys()
     assert told["plan"]["seeds"] == [10000, 10001] and told["plan"]["split"] == "eval"

@@ -63,7 +63,7 @@ class Local:
         self, config: ServerConfig, wanted: Sequence[Wanted], longest: int, report: Callable[[str], None]
     ) -> None:
         """longest: tokens of the longest request with its reply."""
-        self.said: list[str] = []  # points that are not asked, and why
+        self.dense_too: list[str] = []  # points that are not asked, since they are the baseline
 
         def choose(model: Model) -> AttentionPolicy:
             if longest > model.shape.max_positions:
@@ -71,7 +71,7 @@ class Local:
                     f"The longest request has {longest} tokens, but this model has {model.shape.max_positions} "
                     "positions; give shorter --lengths."
                 )
-            return within_windows(together(model, wanted, self.said), model.shape.windows)
+            return within_windows(together(model, wanted, self.dense_too), model.shape.windows)
 
         self._engine: Engine = build_engine(config, _Silent(), report, choose)
         self.points = self._engine.all_points
@@ -115,9 +115,9 @@ class Local:
         return reply
 
 
-def together(model: Model, wanted: Sequence[Wanted], said: list[str]) -> AttentionPolicy:
-    """Dense, and then every point that was asked for, as "policy:point". One that is dense is the baseline already,
-    which is `said`. Raises EvalError for two of one name that differ."""
+def together(model: Model, wanted: Sequence[Wanted], dense_too: list[str]) -> AttentionPolicy:
+    """Dense, and then every point that was asked for, as "policy:point". One that is dense is the baseline already:
+    `dense_too` gets its name. Raises EvalError for two of one name that differ."""
     shape = model.shape
     dense = OperatingPoint(DENSE, dense_policy(shape.layers, shape.kv_heads).points[0].heads)
     points = {DENSE: dense}
@@ -128,7 +128,7 @@ def together(model: Model, wanted: Sequence[Wanted], said: list[str]) -> Attenti
             if each.point not in (None, point.name):
                 continue
             if point.fingerprint() == dense.fingerprint():
-                said.append(f"{name} is dense")
+                dense_too.append(name)
             elif points.setdefault(name, OperatingPoint(name, point.heads)).fingerprint() != point.fingerprint():
                 raise EvalError(
                     f"Two policies are called {policy.name!r} and differ at {point.name!r}; change the name in one."

@@ -85,7 +85,8 @@ def evaluate(job: Job, progress: Progress) -> Found:
         found = _found(plan, local, data, work, progress)
     finally:
         local.stop()
-    found.notes += [f"{said}." for said in local.said]
+    if local.dense_too:
+        found.notes.append(f"Dense, and so not asked again: {', '.join(local.dense_too)}.")
     return found
 
 

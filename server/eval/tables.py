@@ -8,11 +8,18 @@ from rich.table import Table
 from gossamer.server.eval.results import Cell, Interval
 from gossamer.server.eval.run import Found
 
+ACROSS = 3  # points of a table, beside the first
+
 
 def print_results(found: Found, console: Console) -> None:
+    """Where there are many points, several tables, each with the first point."""
     made = found.cells()
+    first, *others = found.points
     for length in sorted({cell.length for cell in made}):
-        console.print(_table(length, [cell for cell in made if cell.length == length], found))
+        for at in range(0, max(1, len(others)), ACROSS):
+            points = (first, *others[at : at + ACROSS])
+            own = [cell for cell in made if cell.length == length and cell.point in points]
+            console.print(_table(length, own, points, found.baseline))
     console.print(
         "Scores in per cent; behind them the difference to dense on the same questions, or dense's own range, with "
         "95 % intervals. Texts: perplexity, and nats per token more than dense.",
@@ -22,26 +29,21 @@ def print_results(found: Found, console: Console) -> None:
         console.print(note, markup=False)
 
 
-def _table(length: int, made: Sequence[Cell], found: Found) -> Table:
-    table = Table(
-        f"{length:,} tokens", *(f"{point} (dense)" if _also(point, found) else point for point in found.points)
-    )
+def _table(length: int, made: Sequence[Cell], points: Sequence[str], baseline: str | None) -> Table:
+    names = [f"{point} (dense)" if point == baseline != "dense" else point for point in points]
+    table = Table(f"{length:,} tokens", *names)
     for task in dict.fromkeys(cell.task for cell in made):
         own = {cell.point: cell for cell in made if cell.task == task}
-        table.add_row(f"{task} ({next(iter(own.values())).units})", *(shown(own[point]) for point in found.points))
+        table.add_row(f"{task} ({own[points[0]].units})", *(shown(own[point]) for point in points))
     asked = [cell for cell in made if not cell.text]
     table.add_section()
     if len({cell.task for cell in asked}) > 1:
-        table.add_row("mean of tasks", *(_mean(asked, point, found.baseline) for point in found.points))
-        table.add_row("worst task", *(_worst(asked, point) for point in found.points))
+        table.add_row("mean of tasks", *(_mean(asked, point, baseline) for point in points))
+        table.add_row("worst task", *(_worst(asked, point) for point in points))
     for phase in ("prefill", "decode"):
-        values = [[getattr(cell.densities, phase) for cell in made if cell.point == point] for point in found.points]
+        values = [[getattr(cell.densities, phase) for cell in made if cell.point == point] for point in points]
         table.add_row(f"read in {phase}", *(_share(own) for own in values))
     return table
-
-
-def _also(point: str, found: Found) -> bool:
-    return point == found.baseline != "dense"
 
 
 def shown(cell: Cell) -> str:
