@@ -76,7 +76,7 @@ def ruler_task(name: str, length: int, seed: int, material: Material, questions:
         return partial(_niah, NIAH[name], draw, material, questions)
     builds: dict[str, Build] = {
         "vt": partial(_variables, draw),
-        "cwe": partial(_common_words, draw, material.list_words, length),
+        "cwe": partial(_often_words, draw, material.list_words, length),
         "fwe": partial(_frequent_words, draw, length),
     }
     return builds[name]
@@ -144,7 +144,7 @@ def _different(rng: random.Random, letters: str, count: int) -> Iterator[str]:
             yield word
 
 
-def _common_words(draw: Draw, words: Sequence[str], length: int, size: int) -> Content:
+def _often_words(draw: Draw, words: Sequence[str], length: int, size: int) -> Content:
     """A numbered list: ten words that come often, `size` others that come seldom; behind a short example."""
     often, seldom = (30, 3) if length >= SHORT else (6, 1)
     others, repeated, once = (30, 10, 3) if length >= SHORT else (10, 3, 1)  # of the example
