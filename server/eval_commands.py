@@ -62,8 +62,9 @@ def evaluate(
         str, typer.Option("--questions", metavar="N", help="About a document, where the task has more than one to ask.")
     ] = "4",
     depths: Annotated[
-        str, typer.Option("--depths", metavar="PERCENT,...", help="Where needles stand.")
-    ] = "0,25,50,75,100",
+        str | None,
+        typer.Option("--depths", metavar="PERCENT,...", help="Where needles stand.", show_default="0,25,50,75,100"),
+    ] = None,
     seed: Annotated[
         str, typer.Option("--seed", metavar="N", help="Of the first document; search never uses any of these.")
     ] = "0",
@@ -86,8 +87,9 @@ def evaluate(
         ),
     ] = None,
     max_tokens: Annotated[
-        str, typer.Option("--max-tokens", metavar="N", help="Of the replies to FILE's prompts.")
-    ] = "128",
+        str | None,
+        typer.Option("--max-tokens", metavar="N", help="Of the replies to FILE's prompts.", show_default="128"),
+    ] = None,
     url: Annotated[
         str | None,
         typer.Option(
@@ -132,7 +134,8 @@ def evaluate(
     from gossamer.server.eval.question import EvalError
 
     suites = tuple(dict.fromkeys(suite or ["ruler"]))
-    _check_suites(suites, lengths, tasks, qa)
+    _check_suites(suites, {"tasks": tasks, "qa": qa, "depths": depths, "max-tokens": max_tokens})
+    _check_made(suites, {"lengths": lengths, "data": data})
     _check_outputs(json_file, plots)
     engine = {
         "device": device if device != "auto" else None,
@@ -165,8 +168,8 @@ def evaluate(
             documents=_number("--documents", documents, 1, 10_000),
             questions=_number("--questions", questions, 1, 64),
             seed=_number("--seed", seed, 0, 2**31),
-            depths=tuple(_number("--depths", each, 0, 100) / 100 for each in depths.split(",")),
-            most=_number("--max-tokens", max_tokens, 1, 2**20),
+            depths=tuple(_number("--depths", each, 0, 100) / 100 for each in (depths or "0,25,50,75,100").split(",")),
+            most=_number("--max-tokens", max_tokens or "128", 1, 2**20),
             qa=None if qa is None else QAText.read(qa),
         )
         key = None if api_key_file is None else _key(api_key_file)
@@ -228,15 +231,22 @@ def _config(given: dict[str, object]) -> ServerConfig:
         fail(str(error), code=2)
 
 
-def _check_suites(suites: tuple[str, ...], lengths: str | None, tasks: str | None, qa: Path | None) -> None:
+def _check_suites(suites: tuple[str, ...], given: dict[str, object]) -> None:
+    """Suites that there are, and flags that the chosen ones read."""
     for each in suites:
         if each not in SUITE_NAMES and not Path(each).is_file():
             fail(f"--suite is {each!r}: give {', '.join(SUITE_NAMES)}, or a file of JSON lines.", code=2)
-    if not set(suites) & set(SUITE_NAMES) and lengths is not None:
-        fail("--lengths is given, but the prompts of a file have lengths of their own; leave it out.", code=2)
-    for flag, value in (("--tasks", tasks), ("--qa", qa)):
-        if value is not None and "ruler" not in suites:
-            fail(f"{flag} is for --suite ruler; add that suite, or leave {flag} out.", code=2)
+    own = "FILE" if set(suites) - set(SUITE_NAMES) else ""
+    for flag, suite in (("tasks", "ruler"), ("qa", "ruler"), ("depths", "needle"), ("max-tokens", "FILE")):
+        if given[flag] is not None and suite not in (*suites, own):
+            fail(f"--{flag} is for --suite {suite}; add that suite, or leave --{flag} out.", code=2)
+
+
+def _check_made(suites: tuple[str, ...], given: dict[str, object]) -> None:
+    """Flags of documents that are made, which a file's prompts are not."""
+    for flag, value in given.items():
+        if value is not None and not set(suites) & set(SUITE_NAMES):
+            fail(f"--{flag} is given, but the prompts of a file are asked as they are; leave it out.", code=2)
 
 
 def _check_outputs(json_file: Path | None, plots: Path | None) -> None:

@@ -86,7 +86,9 @@ def test_an_interrupt_keeps_what_was_answered(prompts: Path, tmp_path: Path, mon
         (("--tasks", "niah_single_9"), "--tasks names 'niah_single_9', which RULER has not"),
         (("--tasks", "qa_1"), "The task qa_1 needs your text: give --qa FILE"),
         (("--suite", "needle", "--tasks", "vt"), "--tasks is for --suite ruler"),
-        (("--depths", "0,101"), "--depths is '101': give a whole number from 0 to 100"),
+        (("--depths", "50"), "--depths is for --suite needle; add that suite"),
+        (("--max-tokens", "50"), "--max-tokens is for --suite FILE"),
+        (("--suite", "needle", "--depths", "0,101"), "--depths is '101': give a whole number from 0 to 100"),
         (("--documents", "0"), "--documents is '0'"),
         (("--dtype", "int8"), "dtype"),
         (("--url", "127.0.0.1:8000"), "--url is '127.0.0.1:8000': write it whole"),
@@ -105,6 +107,7 @@ def test_wrong_files_and_policies_are_refused_in_a_sentence(prompts: Path, tmp_p
     assert "is empty" in complaint(COMMAND, 1, "--qa", empty)
     assert "there is no folder" in complaint(COMMAND, 1, "--json", tmp_path / "none" / "found.json")
     assert "leave it out" in complaint(COMMAND, 2, "--suite", prompts, "--lengths", "512")
+    assert "asked as they are; leave it out" in complaint(COMMAND, 2, "--suite", prompts, "--data", prompts)
     assert "neither a file nor a packaged policy" in told(1, "--policy", "nothing")
     assert "has no operating point 'slow'; it has: exact, balanced, fast" in told(1, "--policy", "gossamer-demo:slow")
     assert "is for a model with layers 32, but this model has layers 4" in told(
