@@ -143,7 +143,8 @@ def test_logits_that_are_not_finite_fail_one_choice(
     checkpoint: Path, model: Model, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     with running_engine(checkpoint, model=model) as engine:
-        right = ask(engine, prompt(40, 1), n=2, temperature=1.0, seed=4)
+        # a seed with no draw so near two tokens that the last bit, which may depend on the batch, decides
+        right = ask(engine, prompt(40, 1), n=2, temperature=1.0, seed=5)
         tokens = [right.tokens(0), right.tokens(1)]
 
         def second_choice(step: Step) -> list[int]:
@@ -151,7 +152,7 @@ def test_logits_that_are_not_finite_fail_one_choice(
             return places[1:]
 
         spoil(monkeypatch, value, second_choice)
-        spoiled = ask(engine, prompt(40, 1), n=2, temperature=1.0, seed=4)
+        spoiled = ask(engine, prompt(40, 1), n=2, temperature=1.0, seed=5)
         other = ask(engine, prompt(41, 2))
         assert spoiled.tokens(0) == tokens[0] and spoiled.finish(0).finish_reason == "length"
         end = spoiled.finish(1)

@@ -83,11 +83,11 @@ def search(seed: int, memory: float | None = None, free: tuple[int, ...] = (0, 1
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.001, 3.0), st.floats(1.0, 4.0))
-def test_a_plan_keeps_its_bound_and_a_wider_one_is_no_dearer(seed: int, bound: float, more: float) -> None:
+def test_a_plan_keeps_its_bound_and_a_wider_one_is_hardly_dearer(seed: int, bound: float, more: float) -> None:
     chooser = search(seed)
     plan, wider = chooser.plan(bound), chooser.plan(bound * more)
     assert plan.divergence <= bound * (1 + 1e-9)
-    assert wider.cost <= plan.cost + 1e-9
+    assert wider.cost <= plan.cost + 1 / (LAYERS * HEADS)  # Lagrange's gap: less than what one head costs
     again = chooser.judged(plan.heads)
     assert (again.cost, again.divergence) == pytest.approx((plan.cost, plan.divergence))
     assert search(seed).plan(bound) == plan
