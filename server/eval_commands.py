@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gossamer.server.config import ConfigError, ServerConfig, make_config, parse_tokens
-from gossamer.server.exits import fail
+from gossamer.server.config import ConfigError, ServerConfig, make_config
+from gossamer.server.exits import fail, whole_number
 
 if TYPE_CHECKING:
     from gossamer.server.eval.run import Found, Job
@@ -162,14 +162,19 @@ def evaluate(
             tasks=TASKS if tasks is None else _tasks(tasks, TASKS, with_qa=qa is not None),
             lengths=tuple(
                 sorted(
-                    {_number("--lengths", n, SHORTEST, LONGEST, tokens=True) for n in (lengths or "4096").split(",")}
+                    {
+                        whole_number("--lengths", n, SHORTEST, LONGEST, tokens=True)
+                        for n in (lengths or "4096").split(",")
+                    }
                 )
             ),
-            documents=_number("--documents", documents, 1, 10_000),
-            questions=_number("--questions", questions, 1, 64),
-            seed=_number("--seed", seed, 0, 2**31),
-            depths=tuple(_number("--depths", each, 0, 100) / 100 for each in (depths or "0,25,50,75,100").split(",")),
-            most=_number("--max-tokens", max_tokens or "128", 1, 2**20),
+            documents=whole_number("--documents", documents, 1, 10_000),
+            questions=whole_number("--questions", questions, 1, 64),
+            seed=whole_number("--seed", seed, 0, 2**31),
+            depths=tuple(
+                whole_number("--depths", each, 0, 100) / 100 for each in (depths or "0,25,50,75,100").split(",")
+            ),
+            most=whole_number("--max-tokens", max_tokens or "128", 1, 2**20),
             qa=None if qa is None else QAText.read(qa),
         )
         key = None if api_key_file is None else _key(api_key_file)
@@ -287,13 +292,3 @@ def _key(file: Path) -> str:
     if not key or "\n" in key:
         fail(f"--api-key-file {file} must hold one line, the key.", code=1)
     return key
-
-
-def _number(flag: str, text: str, least: int, most: int, *, tokens: bool = False) -> int:
-    try:
-        number = parse_tokens(text.strip()) if tokens else int(text)
-    except (ValueError, OverflowError):
-        number = least - 1
-    if not least <= number <= most:
-        fail(f"{flag} is {text[:80]!r}: give a whole number from {least} to {most}.", code=2)
-    return number

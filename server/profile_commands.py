@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gossamer.server.config import ConfigError, make_config, parse_tokens
-from gossamer.server.exits import fail
+from gossamer.server.config import ConfigError, make_config
+from gossamer.server.exits import fail, whole_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,11 +111,11 @@ def profile(
     given = {"model": model, "device": device, "dtype": dtype, "revision": revision, "load_format": load_format}
     if threads is not None:
         given["threads"] = threads
-    asked = {_number("--lengths", each, SHORTEST, LONGEST, tokens=True) for each in lengths.split(",")}
+    asked = {whole_number("--lengths", each, SHORTEST, LONGEST, tokens=True) for each in lengths.split(",")}
     numbers = (
-        _number("--documents", documents, 1, 1000),
-        _number("--questions", questions, 1, 64),
-        _number("--seed", seed, 0, 2**31),
+        whole_number("--documents", documents, 1, 1000),
+        whole_number("--questions", questions, 1, 64),
+        whole_number("--seed", seed, 0, 2**31),
     )
     bounds = tuple(_bound(each) for each in point or POINTS)
     if len({bound[0] for bound in bounds} | {"exact"}) <= len(bounds):
@@ -228,16 +228,6 @@ def _print_summary(console: "Console", found: "Profile", out: Path) -> None:
         f"gossamer serve {found.about['model']} --attention-policy {out}",
         markup=False,
     )
-
-
-def _number(flag: str, text: str, least: int, most: int, *, tokens: bool = False) -> int:
-    try:
-        number = parse_tokens(text.strip()) if tokens else int(text)
-    except ValueError:
-        number = least - 1
-    if not least <= number <= most:
-        fail(f"{flag} is {text!r}: give a whole number from {least} to {most}.", code=2)
-    return number
 
 
 def _fraction(flag: str, text: str) -> float:

@@ -28,13 +28,7 @@ def torchs(call: Callable[[], Tensor], device: str, refused: Callable[[str], Non
             with sdpa_kernel(backend):
                 return call()
 
-        try:
-            run()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as reason:
-            refused(f"{name} does not take it: {str(reason).splitlines()[0]}")
-        else:
+        if _takes(name, run, refused):
             calls[name] = run
     return calls
 
@@ -47,12 +41,18 @@ def flash_attns(
     calls: dict[str, Callable[[], Tensor]] = {}
     for name, attention in side_by_side().items() if q.is_cuda else ():
         run = partial(attention, *across, causal=causal)
-        try:
-            run()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as reason:
-            refused(f"{name} does not take it: {str(reason).splitlines()[0]}")
-        else:
+        if _takes(name, run, refused):
             calls[name] = run
     return calls
+
+
+def _takes(name: str, run: Callable[[], object], refused: Callable[[str], None]) -> bool:
+    """Whether it runs on what it was given; otherwise why not."""
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as reason:
+        refused(f"{name} does not take it: {str(reason).splitlines()[0]}")
+        return False
+    return True
