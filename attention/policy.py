@@ -27,6 +27,7 @@ class OperatingPoint:
 
     name: str
     heads: tuple[tuple[HeadPolicy, ...], ...]
+    safer: str | None = None  # the point to use where this one is found to lose too much
 
     @property
     def is_dense(self) -> bool:
@@ -56,6 +57,12 @@ class AttentionPolicy:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(point.name for point in self.points)
+
+    def safer(self) -> dict[str, str]:
+        """The point to use in place of each, where there is one: the one that it names, else the first dense one."""
+        dense = next((point.name for point in self.points if point.is_dense), None)
+        named = {point.name: point.safer if point.safer in self.names else dense for point in self.points}
+        return {name: other for name, other in named.items() if other is not None and other != name}
 
     def rules(self) -> list[list[tuple[Retention, ...]]]:
         """[layer][kv_head], the head's retention rule at every point: heads with equal entries can share pages."""

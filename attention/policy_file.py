@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from gossamer.attention.artefacts import ArtefactError, Artefacts
 from gossamer.attention.plain_yaml import load_plain_yaml
@@ -33,8 +33,10 @@ class Row(HeadEntry):
 
 class PointEntry(Strict):
     """One operating point: the default entry, then rows; a later row wins over an earlier one. The first layers are
-    dense whatever these say."""
+    dense whatever these say. `safer` names the point that a server falls back to when live quality is too low; left
+    out, it is the first dense point."""
 
+    safer: str | None = None
     default: HeadEntry = HeadEntry()
     first_dense_layers: int = Field(default=0, ge=0, le=10_000)
     rows: tuple[Row, ...] = Field(default=(), max_length=100_000, strict=False)
@@ -80,6 +82,19 @@ class PolicyFile(Strict):
         min_length=1, max_length=16, json_schema_extra={"additionalProperties": False}
     )
 
+    @model_validator(mode="after")
+    def _safer_points(self) -> "PolicyFile":
+        for name, entry in self.points.items():
+            seen, safer = [name], entry.safer
+            while safer is not None:
+                if safer not in self.points:
+                    raise ValueError(f"operating point {seen[-1]!r} names {safer!r} as safer, which does not exist")
+                if safer in seen:
+                    raise ValueError(f"operating points {', '.join(map(repr, seen))} name each other as safer")
+                seen.append(safer)
+                safer = self.points[safer].safer
+        return self
+
     def policy(self, artefacts: Artefacts) -> AttentionPolicy:
         """Every row written out, with the files that it names. Raises PolicyError for rows that name heads the model
         has not, and for files that cannot be used."""
@@ -114,7 +129,7 @@ class PolicyFile(Strict):
                 if id(head_entry) not in made:
                     made[id(head_entry)] = self._head_policy(head_entry, where, layer, artefacts)
             heads.append(tuple(made[id(head_entry)] for head_entry, _ in entries))
-        return OperatingPoint(name, tuple(heads))
+        return OperatingPoint(name, tuple(heads), self.points[name].safer)
 
     def _head_policy(self, entry: HeadEntry, where: str, layer: int, artefacts: Artefacts) -> HeadPolicy:
         try:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gossamer.attention.policy import OperatingPoint
 from gossamer.attention.reads import Reads
+from gossamer.attention.second_look import Watch
 from gossamer.kernels.layout import PAGE_SIZE, BlockRow, QueryBlocks, SparseIndex
 from gossamer.kvcache.cache import StepViews
 from gossamer.kvcache.summaries import FilledPages
@@ -43,6 +44,7 @@ class Step:
     shared: dict[Hashable, SparseIndex] = field(default_factory=dict, compare=False, repr=False)
     """Indices that depend on positions alone, made by the first layer that needs them and used by the others."""
     recorded: Mapping[OperatingPoint, Tensor] | None = None  # per point [B] bool: the sequences that asked for it
+    watch: Watch | None = field(default=None, compare=False, repr=False)  # what looks twice
 
     @property
     def num_tokens(self) -> int:

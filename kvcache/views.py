@@ -80,6 +80,11 @@ class StepViews:
         """For each sequence, whether the heads of one of the layer's views see all of it."""
         return tuple(self._unlimited[self._layers[layer][view].group].tolist())
 
+    def whole(self, layer: int, head: int, table: PageTable) -> bool:
+        """Whether a sequence of the step still has all pages of one KV head."""
+        group = next(part.group for part in self._layers[layer] if head in part.numbers)
+        return not np.any(table.rows[group] == NULL_PAGE)
+
     def _view(self, part: _LayerSlice) -> PagedKV:
         sink, window = self._limits[part.limits]
         table = self._tables[part.group]

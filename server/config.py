@@ -99,6 +99,26 @@ class ServerConfig:
         "Attention", "Operating points that requests may name.", (), shown="all of the policy's"
     )
 
+    quality_sample_rate: float = _knob(
+        "Quality",
+        "Share of the steps that generate tokens, and of the tiles of prompts, in which a few sparse heads look at "
+        "every key once more, for the metrics; 0: none.",
+        0.005,
+        low=0.0,
+        high=1.0,
+    )
+    quality_min_recall: float | None = _knob(
+        "Quality", "Raise an operating point's alarm when its checks find less recall than this in the mean.", None,
+        low=0.0, high=1.0, shown="no alarm",
+    )  # fmt: skip
+    quality_max_error: float | None = _knob(
+        "Quality", "Raise an operating point's alarm when its checks find a larger output error in the mean.", None,
+        low=0.0, shown="no alarm",
+    )  # fmt: skip
+    quality_fall_back: bool = _knob(
+        "Quality", "Give new requests the next safer operating point for ten minutes after an alarm.", False
+    )
+
     max_model_len: int | None = _knob(
         "Memory and batching", "Longest prompt and answer together, in tokens.", None, low=1, unit=parse_tokens,
         shown="the model's",
@@ -189,6 +209,11 @@ class ServerConfig:
                 raise ConfigError(f"{flag} must be at most {high}, not {value}.")
         if not self.model:
             raise ConfigError("--model must not be empty.")
+        bounded = self.quality_min_recall is not None or self.quality_max_error is not None
+        if self.quality_fall_back and not bounded:
+            raise ConfigError("--quality-fall-back needs a bound: give --quality-min-recall or --quality-max-error.")
+        if bounded and self.quality_sample_rate == 0:
+            raise ConfigError("Bounds of quality need checks: give a --quality-sample-rate above 0.")
         if any(not name or len(name) > 256 for name in self.served_model_name):
             raise ConfigError("--served-model-name must hold 1 to 256 characters.")
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):

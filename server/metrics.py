@@ -8,6 +8,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from gossamer.kernels.layout import PAGE_SIZE
+from gossamer.server.engine.quality import Checked
 from gossamer.server.engine.records import EngineStats, FirstToken, RequestRecord, RuleStats, StepRecord
 from gossamer.server.engine.request import AttentionUse
 
@@ -24,7 +25,10 @@ _STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
 _LENGTHS = tuple(m * 10**e for e in range(7) for m in (1, 2, 5))
 _STEP_TOKENS = (1, *(2**e for e in range(3, 15)))
 _SHARE = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.99)
+_RECALL = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 1)
+_ERROR = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2)
 _LABELS = ("model_name", "engine")
+_CHECK_LABELS = ("point", "phase", "layers")
 
 
 class Metrics:
@@ -98,6 +102,23 @@ class Metrics:
             (*_LABELS, "point", "reason"),
             registry=self.registry,
         )
+        self._recall = self._of_checks(
+            "gossamer:quality_recall", "Share of the dense attention mass that was read, by check.", _RECALL
+        )
+        self._error = self._of_checks(
+            "gossamer:quality_output_error", "Distance of a head's output from dense, relative, by check.", _ERROR
+        )
+        self._top1 = self._of_checks(
+            "gossamer:quality_top1_agreement",
+            "Share of a check's queries whose heaviest key was read.",
+            _RECALL,
+        )
+        self._unchecked = Counter(
+            "gossamer:quality_unchecked",
+            "Checks that could not be made: the head had given keys back.",
+            (*_LABELS, *_CHECK_LABELS),
+            registry=self.registry,
+        )
         self._rejected = Counter(
             "vllm:admission_rejections", "Requests turned away.", ("model_name", "reason"), registry=self.registry
         )
@@ -154,6 +175,16 @@ class Metrics:
         if use.dense_because is not None:
             self._dense.labels(**self._labels, point=use.point, reason=use.dense_because).inc()
 
+    def checked(self, checked: Checked) -> None:
+        check, quality = checked.check, checked.quality
+        labels = {**self._labels, "point": check.point, "phase": checked.phase, "layers": check.layers}
+        if quality is None:
+            self._unchecked.labels(**labels).inc()
+            return
+        self._recall.labels(**labels).observe(quality.recall)
+        self._error.labels(**labels).observe(quality.error)
+        self._top1.labels(**labels).observe(quality.top1)
+
     def rejected(self, reason: str) -> None:
         self._rejected.labels(model_name=self._model_name, reason=reason).inc()
 
@@ -167,6 +198,9 @@ class Metrics:
 
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, help, _LABELS, buckets=buckets, registry=self.registry).labels(**self._labels)
+
+    def _of_checks(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, help, (*_LABELS, *_CHECK_LABELS), buckets=buckets, registry=self.registry)
 
     def _by_phase(self, name: str, help: str) -> Counter:
         return Counter(name, help, (*_LABELS, "point", "phase"), registry=self.registry)
@@ -208,6 +242,14 @@ class _State(Collector):
         yield self._gauge(
             "gossamer:engine_heartbeat_age_seconds", "Since the engine's loop turned.", stats.heartbeat_age
         )
+        alarms = GaugeMetricFamily(
+            "gossamer:quality_alarm",
+            "1 where live checks of an operating point have crossed a bound.",
+            labels=[*_LABELS, "point"],
+        )
+        for point, crossed in stats.alarms.items():
+            alarms.add_metric([*self._labels.values(), point], float(crossed))
+        yield alarms
 
     def _prompt_tokens(self, stats: EngineStats) -> Iterator[Metric]:
         computed = self._computed()

@@ -16,6 +16,7 @@ from gossamer.server.config import ServerConfig
 from gossamer.server.engine.build import assemble, attention_policy
 from gossamer.server.engine.engine import Engine, Ticket
 from gossamer.server.engine.model import Model, load_model
+from gossamer.server.engine.quality import Checked
 from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
 from gossamer.server.engine.request import Delta, Event, Request, SamplingParams, Started
 from gossamer.server.engine.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ class Records:
 
     steps: list[StepRecord] = field(default_factory=list)
     ended: list[RequestRecord] = field(default_factory=list)
+    checks: list[Checked] = field(default_factory=list)
 
     def step(self, record: StepRecord) -> None:
         self.steps.append(record)
@@ -44,6 +46,9 @@ class Records:
 
     def finished(self, record: RequestRecord) -> None:
         self.ended.append(record)
+
+    def checked(self, checked: Checked) -> None:
+        self.checks.append(checked)
 
 
 @dataclass

@@ -143,6 +143,7 @@ class FakeEngine:
             preemptions=1,
             rules=(rule, recent),
             heartbeat_age=0.0,
+            alarms={"exact": False, "fast": True},
         )
 
     def submit(self, request: Request, publish: Callable[[Event], None]) -> FakeTicket:

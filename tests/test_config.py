@@ -161,7 +161,8 @@ def test_every_flag_reaches_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
         "port": "1234", "max_model_len": "4k", "kv_cache_memory": "2MiB", "gpu_memory_utilization": "0.5",
         "dtype": "float32", "device": "cpu", "load_format": "dummy", "generation_config": "none", "log_level": "debug",
         "root_path": "/x", "max_body_size": "1MiB", "enable_prefix_caching": False, "cuda_graphs": False,
-        "fused_kernels": False, "kv_cache_dtype": "fp8", "async_scheduling": False,
+        "fused_kernels": False, "kv_cache_dtype": "fp8", "async_scheduling": False, "quality_sample_rate": "0.5",
+        "quality_min_recall": "0.75",
     }  # fmt: skip
     arguments = ["serve", "my/model"]
     for spec in dataclasses.fields(ServerConfig):

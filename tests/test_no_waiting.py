@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
+from gossamer.attention.quality import Sampler as QualitySampler
 from gossamer.attention.selectors import BlockSparse, Budget, DoubleSparsity, SinkRecent, VerticalSlash
 from gossamer.attention.step import Span, plan_step
 from gossamer.kvcache.cache import KVCache
@@ -217,11 +218,14 @@ SAMPLED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("looks", [False, True], ids=["", "looking-twice"])
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "recorded"])
-def test_whole_steps(there: Model, cache: KVCache, graphs: bool) -> None:
+def test_whole_steps(there: Model, cache: KVCache, graphs: bool, looks: bool) -> None:
     """A scored prompt and the newest tokens of others; then the next token of each, twice, before anything is read."""
-    point = every_backend().points[0]
+    point = every_backend().points[looks]
     executor, replayed = Executor(there, cache, Sampler()), list[None]()
+    if looks:
+        executor.quality = QualitySampler(1.0, (None,) * 3)
     if graphs:
         executor.graphs = DecodeGraphs(
             there, cache, 8, 64, (point,), lambda run: ((lambda: replayed.append(None)), run())
@@ -250,7 +254,11 @@ def test_whole_steps(there: Model, cache: KVCache, graphs: bool) -> None:
         for part in parts:
             part.sequence.unread = 1
         parts = [Part(part.sequence, part.first + part.new, 1, True) for part in reversed(parts)]
-    assert len(replayed) == (2 if graphs else 0)
+        assert (before.watch is not None) == looks
+        if before.watch is not None:
+            assert before.watch.made and before.watch.found.device == GPU
+            assert {check.decode for check in before.watch.made} == ({False, True} if turn == 0 else {True})
+    assert len(replayed) == (2 if graphs and not looks else 0)
 
 
 def test_what_waits_is_seen(gpu: None) -> None:

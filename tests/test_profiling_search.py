@@ -29,7 +29,7 @@ from gossamer.attention.profiling.cost import (
 )
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.search import DENSE, Assignment, Choice, Search
-from gossamer.attention.profiling.sensitivity import FLOOR, probes, sensitivities
+from gossamer.attention.profiling.sensitivity import FLOOR, Place, probed_again, sensitivities
 from gossamer.attention.profiling.writing import policy_file, spelled
 from gossamer.attention.selectors import SinkRecent
 from gossamer.kvcache.retention import KeepSinkRecent
@@ -277,15 +277,46 @@ def test_sensitivity_is_divergence_per_error_and_never_nothing() -> None:
     own = {phase: table[4096] for phase, table in found(3).items()}
     own["prefill"].error[2] = torch.tensor([[0.5, 0.1], [0.2, 0.0]], dtype=torch.float64)
     nats = {("prefill", 0, 0): 1.0, ("prefill", 0, 1): 0.4}
-    known = {heads: place for place, heads in probes((2, 2), (0, 1), probe).items()}
-    assert len(known) == 8
+    asked = list[Place]()
 
     def diverged(tried: Sequence[Assignment], phase: Phase) -> list[float]:
-        assert all(known[heads][0] == phase for heads in tried)
-        return [nats.get(known[heads], 0.0) for heads in tried]
+        asked.extend(alone(heads, phase) for heads in tried)
+        return [nats.get(alone(heads, phase), 0.0) for heads in tried]
 
     answer: dict[Phase, Tensor] = sensitivities(diverged, (2, 2), (0, 1), probe, own)
+    assert len(set(asked)) == len(asked) == 8
     floor = FLOOR * 1.4 / 0.8
     expected = torch.tensor([[2.0, 4.0], [floor, floor]], dtype=torch.float64)
     torch.testing.assert_close(answer["prefill"], expected)
     assert float(answer["decode"].abs().sum()) == 0.0
+
+
+def alone(heads: Assignment, phase: Phase) -> Place:
+    """The only head of an assignment that is not dense, and that in this phase alone."""
+    ((layer, head),) = [
+        (n, m) for n, row in enumerate(heads) for m, choice in enumerate(row) if choice != Choice(0, 0, False)
+    ]
+    assert heads[layer][head] == (Choice(2, 0, False) if phase == "prefill" else Choice(0, 2, False))
+    return phase, layer, head
+
+
+def test_heads_that_look_further_in_longer_prompts_are_probed_there_too() -> None:
+    """One that lost nothing before, and one that lost a little; not one that loses twice as much, and no layer without
+    a choice. What was known is never made less."""
+    probe: dict[Phase, int] = {"prefill": 2, "decode": 2}
+    near, far = ({phase: table[4096] for phase, table in found(3).items()} for _ in range(2))
+    for table, errors in ((near, [[0.0, 0.1], [0.2, 0.0]]), (far, [[0.02, 0.2], [0.8, 0.3]])):
+        for phase in PHASES:
+            table[phase].error[2] = torch.tensor(errors, dtype=torch.float64)
+    known = {phase: torch.tensor([[0.3, 4.0], [2.0, 0.0]], dtype=torch.float64) for phase in PHASES}
+    asked = list[Place]()
+
+    def diverged(tried: Sequence[Assignment], phase: Phase) -> list[float]:
+        asked.extend(alone(heads, phase) for heads in tried)
+        return [{(0, 0): 0.5, (1, 0): 0.8}[alone(heads, phase)[1:]] for heads in tried]
+
+    answer = probed_again(known, diverged, probe, near, far)
+    assert sorted(asked) == sorted((phase, layer, 0) for phase in PHASES for layer in (0, 1))
+    for phase in PHASES:
+        torch.testing.assert_close(answer[phase], torch.tensor([[25.0, 4.0], [2.0, 0.0]], dtype=torch.float64))
+        assert known[phase][0, 0] == 0.3

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.policy import AttentionPolicy
@@ -47,26 +48,26 @@ class Trials:
         """The same at all lengths."""
         return together([self.run(heads, purpose, length, what) for length in self.settings.lengths])
 
-    def probe(self, assignments: Sequence[Assignment], phase: Phase) -> list[float]:
+    def probe(self, length: int, assignments: Sequence[Assignment], phase: Phase) -> list[float]:
         """Nats from dense of each assignment, which is dense in the other phase, on a part of the calibration's
-        documents of the shortest length."""
-        few = self._few()
+        documents of one length."""
+        few = self._few(length)
+        where = "" if length == min(self.settings.lengths) else f"-{length}"
         if phase == "prefill":
-            self.progress.begin("sensitivity of heads in prompts", len(assignments))
+            self.progress.begin(f"sensitivity of heads in prompts, {length} tokens", len(assignments))
             found = []
             for heads in assignments:
-                found.append(self._trial(heads, few, "probe", "").divergence())
+                found.append(self._trial(heads, few, f"probe{where}", "").divergence())
                 self.progress.tick()
             return found
 
         def run() -> list[Trial]:
-            self.progress.begin("sensitivity of heads in decoding", len(few))
+            self.progress.begin(f"sensitivity of heads in decoding, {length} tokens", len(few))
             return self.fidelity.try_decodes([self._policy(each) for each in assignments], few, self.progress.tick)
 
-        return [each.divergence() for each in self.state.value("probe-decode", list[Trial], run)]
+        return [each.divergence() for each in self.state.value(f"probe-decode{where}", list[Trial], run)]
 
-    def _few(self) -> list[Document]:
-        length = min(self.settings.lengths)
+    def _few(self, length: int) -> list[Document]:
         documents = self.subject.documents(self.settings, length, CALIBRATED)
         few = [d for d in documents[: len(documents) // self.settings.documents] if d.task in PROBED]
         return [Document(d.task, d.length, d.seed, d.split, d.exchanges[:QUESTIONS]) for d in few]
@@ -82,8 +83,15 @@ class Trials:
 
         return self.state.value(name, Trial, run)
 
-    def file(self, points: Mapping[str, Assignment], name: str, provenance: Provenance) -> PolicyFile:
-        return policy_file(name, self.subject.entry, provenance, points, self.candidates, self.above)
+    def file(
+        self,
+        points: Mapping[str, Assignment],
+        name: str,
+        provenance: Provenance,
+        safer: Mapping[str, str] = MappingProxyType({}),
+    ) -> PolicyFile:
+        """safer: by point, the one to use where it loses too much."""
+        return policy_file(name, self.subject.entry, provenance, points, self.candidates, self.above, safer)
 
     def _policy(self, heads: Assignment) -> AttentionPolicy:
         file = self.file({"tried": heads}, "tried", Provenance(source="profiled"))

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from gossamer.attention.profiling.gate_training import gates_against_pooled_keys
 from gossamer.attention.profiling.learning import calibrate, rank_channels, train_alphas
 from gossamer.attention.profiling.profile import Point, Profile, Settings
 from gossamer.attention.profiling.search import Search
-from gossamer.attention.profiling.sensitivity import sensitivities
+from gossamer.attention.profiling.sensitivity import probed_again, sensitivities
 from gossamer.attention.profiling.state import State
 from gossamer.attention.profiling.stopwatch import Stopwatch
 from gossamer.attention.profiling.subject import Progress, Subject
@@ -82,7 +84,7 @@ class Profiler:
         best = [*points[1:], points[0]]  # the first operating point of a file is its default
         provenance = Provenance(source="profiled", note=self._note(points[1:]))
         return Profile(
-            file=trials.file({point.name: point.plan.heads for point in best}, self.name, provenance),
+            file=trials.file({point.name: point.plan.heads for point in best}, self.name, provenance, _safer(points)),
             model=subject.entry,
             shape=subject.shape,
             settings=self.settings,
@@ -146,12 +148,14 @@ class Profiler:
         self, candidates: Candidates, found: Mapping[Phase, Mapping[int, Found]], trials: Trials
     ) -> dict[Phase, Tensor]:
         shape = self.subject.shape
-        sizes, shortest = (shape.layers, shape.kv_heads), min(self.settings.lengths)
+        shortest, longest = min(self.settings.lengths), max(self.settings.lengths)
         probe = {
             phase: next(n for n, each in enumerate(own) if each.window == PROBE) for phase, own in candidates.items()
         }
-        own = {phase: found[phase][shortest] for phase in PHASES}
-        return sensitivities(trials.probe, sizes, shape.free, probe, own)
+        near, far = ({phase: found[phase][length] for phase in PHASES} for length in (shortest, longest))
+        sizes = shape.layers, shape.kv_heads
+        known = sensitivities(partial(trials.probe, shortest), sizes, shape.free, probe, near)
+        return probed_again(known, partial(trials.probe, longest), probe, near, far)
 
     def _note(self, points: Sequence[Point]) -> str:
         lengths = ", ".join(map(str, self.settings.lengths))
@@ -178,6 +182,12 @@ def _above(
             if kind not in ("dense", "sink-recent"):
                 answer[phase][kind] = costs.worth_it_above(phase, kind, reads)
     return answer
+
+
+def _safer(points: Sequence[Point]) -> dict[str, str]:
+    """For each point the next dearer one."""
+    order = sorted(points, key=lambda point: point.plan.cost)
+    return {point.name: dearer.name for point, dearer in pairwise(order)}
 
 
 def _product(sizes: Sequence[int]) -> int:

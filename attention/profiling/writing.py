@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 from gossamer.attention.policy_file import ModelEntry, PolicyFile, Provenance
@@ -20,15 +21,20 @@ def policy_file(
     points: Mapping[str, Assignment],
     candidates: Mapping[Phase, Sequence[Candidate]],
     above: Mapping[Phase, Mapping[str, int]],
+    safer: Mapping[str, str] = MappingProxyType({}),
 ) -> PolicyFile:
-    """points: by name, the first is the default. above: by kind of candidate, the length from which it is worth it."""
+    """points: by name, the first is the default. above: by kind of candidate, the length from which it is worth it.
+    safer: by point, the one to use where it loses too much."""
     return PolicyFile.model_validate(
         {
             "gossamer_policy": 1,
             "name": name,
             "model": model.model_dump(exclude_none=True),
             "provenance": provenance.model_dump(),
-            "points": {point: _point(heads, candidates, above) for point, heads in points.items()},
+            "points": {
+                point: ({"safer": safer[point]} if point in safer else {}) | _point(heads, candidates, above)
+                for point, heads in points.items()
+            },
         }
     )
 

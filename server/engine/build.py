@@ -10,6 +10,7 @@ from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.packaged import find_policy_file, packaged_for
 from gossamer.attention.policy import AttentionPolicy, dense_policy, within_windows
 from gossamer.attention.policy_file import PolicyError, check_model, load_policy_file
+from gossamer.attention.quality import Sampler as QualitySampler
 from gossamer.kernels.dense_prefill import LEAST_QUERIES
 from gossamer.kernels.fp8 import FP8
 from gossamer.kernels.layout import PAGE_SIZE
@@ -27,6 +28,7 @@ from gossamer.server.engine.loop import Loop, Observer
 from gossamer.server.engine.memory import cache_memory
 from gossamer.server.engine.model import Model, load_config, load_model
 from gossamer.server.engine.pace import Pace
+from gossamer.server.engine.quality import Bounds, Guard
 from gossamer.server.engine.sampler import Sampler
 from gossamer.server.engine.scheduler import Limits, Scheduler
 from gossamer.server.engine.tokenizer import Tokenizer
@@ -116,7 +118,10 @@ def assemble(
     load = QueueLoad(config.queued_requests, config.max_queued_tokens or 4 * max(sizing.token_capacity, longest))
     if ahead is None:
         ahead = config.async_scheduling and model.device.type == "cuda"
-    loop = Loop(scheduler, Executor(model, cache, Sampler()), load, metrics, audit, ahead)
+    quality = QualitySampler(config.quality_sample_rate, shape.windows) if config.quality_sample_rate else None
+    guard = Guard(Bounds(config.quality_min_recall, config.quality_max_error), policy, config.quality_fall_back)
+    executor = Executor(model, cache, Sampler(), quality=quality)
+    loop = Loop(scheduler, executor, load, metrics, guard, audit, ahead)
     card = ModelCard(
         name=config.names[0],
         names=config.names,

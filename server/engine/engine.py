@@ -79,7 +79,7 @@ class Engine:
 
     def fingerprint_of(self, point: str | None) -> str:
         """For `system_fingerprint`: changes with the release, the policy and the operating point."""
-        chosen = self._policy.point(point or self.default_point)
+        chosen = self._policy.point(self.point_for(point))
         return f"gossamer-{__version__}-{self._policy.name}@{chosen.name}-{chosen.fingerprint()}"
 
     def start(self) -> None:
@@ -93,14 +93,15 @@ class Engine:
 
     def submit(self, request: Request, publish: Callable[[Event], None]) -> Ticket:
         """Accept a request or raise a RequestError at once. `publish` is called on the engine thread: never block."""
-        self._check(request)
+        point = self._policy.point(self.point_for(self._check_point(request)))
+        self._check(request, point)
         if not self._loop.accepting or not self._thread.is_alive():
             raise Unavailable(NOT_TAKING)
         self._loop.load.enter(request.n, len(request.prompt))
         with self._lock:
             self._arrivals += 1
             arrival = self._arrivals
-        self._loop.inbox.put(Submit(self._in_flight(request, arrival, publish)))
+        self._loop.inbox.put(Submit(self._in_flight(request, point, arrival, publish)))
         if not self._thread.is_alive():  # it ended between the two checks, and will not answer
             raise Unavailable(NOT_TAKING)
         return Ticket(request.id, self._loop)
@@ -133,17 +134,27 @@ class Engine:
             preemptions=scheduler.preemptions,
             rules=rules,
             heartbeat_age=self._loop.heartbeat_age(),
+            alarms=self._loop.guard.alarms(),
         )
 
-    def _check(self, request: Request) -> None:
-        """All that can be known before queueing. Raises InvalidRequest."""
-        card, params, length = self.model, request.params, len(request.prompt)
+    def _check_point(self, request: Request) -> str | None:
+        """Raises InvalidRequest."""
         if request.point is not None and request.point not in self.points:
             raise InvalidRequest(
                 f"The attention policy {request.point!r} does not exist here or may not be chosen; "
                 f"choose one of: {', '.join(self.points)}.",
                 param="attention.policy",
             )
+        return request.point
+
+    def point_for(self, asked: str | None) -> str:
+        """The operating point of a new request that asks for this one, or for none: another one while that rests for
+        its quality."""
+        return self._loop.guard.instead_of(asked or self.default_point)
+
+    def _check(self, request: Request, point: OperatingPoint) -> None:
+        """All that can be known before queueing. Raises InvalidRequest."""
+        card, params, length = self.model, request.params, len(request.prompt)
         if length + min(1, params.max_tokens) > card.max_model_len:
             raise InvalidRequest(
                 f"The prompt holds {length} tokens, but this server takes at most {card.max_model_len} for prompt and "
@@ -164,7 +175,7 @@ class Engine:
             )
         params.check_vocabulary(card.vocab_size)
         step_tokens = min(length, self._loop.scheduler.limits.step_tokens)
-        needed = self.cache.pages_needed(self._rules(self._point(request)), length + params.max_tokens, step_tokens)
+        needed = self.cache.pages_needed(self._rules(point), length + params.max_tokens, step_tokens)
         if any(need > have for need, have in zip(needed, self.cache.capacity, strict=True)):
             raise InvalidRequest(
                 f"A sequence of {length + params.max_tokens} tokens can never fit the KV cache of this server, which "
@@ -172,9 +183,6 @@ class Engine:
                 param="prompt",
                 code="context_length_exceeded",
             )
-
-    def _point(self, request: Request) -> OperatingPoint:
-        return self._policy.point(request.point or self.default_point)
 
     def point(self, name: str) -> OperatingPoint:
         """An operating point of the policy. Raises KeyError."""
@@ -190,8 +198,9 @@ class Engine:
         firsts = (group.slots[0] for group in self.cache.groups)
         return tuple(point.heads[layer][heads[0]].keep for layer, heads in firsts)
 
-    def _in_flight(self, request: Request, arrival: int, publish: Callable[[Event], None]) -> InFlight:
-        point = self._point(request)
+    def _in_flight(
+        self, request: Request, point: OperatingPoint, arrival: int, publish: Callable[[Event], None]
+    ) -> InFlight:
         rules = self._rules(point)
         salt = f"{self._policy.name}/{point.fingerprint()}/{self.cache.pools[0].k.dtype}/{request.cache_salt}".encode(
             errors="surrogatepass"  # JSON can spell half a character

@@ -4,16 +4,19 @@ A step is launched and, when its results have come back, collected. In between t
 that it feeds to the model are taken from the step before on the device.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
 from gossamer.attention.policy import OperatingPoint
+from gossamer.attention.quality import Sampler as QualitySampler
 from gossamer.attention.reads import Reads, SpanReads, totals
+from gossamer.attention.second_look import Quality, Watch
 from gossamer.attention.step import Span, Step, plan_step
 from gossamer.kernels.layout import BlockRow
 from gossamer.kvcache.cache import KVCache
@@ -22,11 +25,13 @@ from gossamer.kvcache.table import PageTable
 from gossamer.server.engine.graphs import DecodeGraphs, Token
 from gossamer.server.engine.logits import Turn
 from gossamer.server.engine.model import Model
+from gossamer.server.engine.quality import Checked
 from gossamer.server.engine.sampler import Draw, Sampled, Sampler, read_scores
 from gossamer.server.engine.scheduler import Part
 from gossamer.server.engine.sequence import Sequence
 from gossamer.server.engine.transfer import CopyOut, Unread, numbers_to_device
 
+_Forward = tuple[Tensor, Reads, "BlockRows", Watch | None]
 BlockRows = tuple[tuple[BlockRow, ...], tuple[BlockRow, ...]]  # a step's query blocks: prompts', and generated tokens'
 
 
@@ -40,7 +45,8 @@ class Launched:
     scored: tuple[Sequence, ...]  # parts of whose prompts it scores
     blocks: BlockRows
     heads: Mapping[bool, int]
-    copy: CopyOut  # what was read, by whether it is decode; "draw": its table; by sequence: scores
+    copy: CopyOut  # what was read, by whether it is decode; "draw": its table; "watch": checks; by sequence: scores
+    watch: Watch | None
     model_seconds: float
     select_seconds: float
     attend_seconds: float
@@ -53,6 +59,7 @@ class Outcome:
     sampled: dict[Sequence, Sampled]
     reads: tuple[SpanReads, ...]  # one per part
     not_finite: frozenset[Sequence] = frozenset()  # whose prompts cannot be scored
+    checked: tuple[Checked, ...] = ()
 
 
 class _Rows(NamedTuple):
@@ -72,6 +79,7 @@ class Executor:
     cache: KVCache
     sampler: Sampler
     graphs: DecodeGraphs | None = None
+    quality: QualitySampler | None = None
 
     def launch(self, parts: Items[Part], before: Launched | None = None) -> Launched:
         """One forward pass over all parts, laid end to end, and the choice of their next tokens. On a GPU it returns
@@ -79,7 +87,10 @@ class Executor:
         """
         wanted, unread = _rows(parts), _unread(parts, before)
         began = time.monotonic()
-        logits, reads, blocks = self._replay(parts, unread) or self._forward(parts, wanted.rows, unread)
+        # A recorded step cannot be looked into.
+        looks = self.quality is not None and any(map(_generates, parts)) and self.quality.draw()
+        replayed = None if looks else self._replay(parts, unread)
+        logits, reads, blocks, watch = replayed or self._forward(parts, wanted.rows, unread, looks)
         seconds = time.monotonic() - began
         out = dict[object, Tensor]()
         for kind, pages in reads.read.items():
@@ -87,6 +98,8 @@ class Executor:
         draw = self._draw(logits, wanted, before)
         if draw is not None:
             out["draw"] = draw.table
+        if watch is not None and watch.made:
+            out["watch"] = watch.found
         for part, at in wanted.scoring:
             out[part.sequence] = self._score(part, logits[at : at + part.new])
         return Launched(
@@ -97,6 +110,7 @@ class Executor:
             blocks=blocks,
             heads=reads.heads,
             copy=CopyOut(out),
+            watch=watch,
             model_seconds=seconds,
             select_seconds=reads.select_seconds,
             attend_seconds=reads.attend_seconds,
@@ -115,7 +129,8 @@ class Executor:
         sampled = dict(zip(launched.choices, draw.read(found["draw"]), strict=True)) if draw is not None else {}
         read = {kind: found[kind] for kind in launched.heads}
         reads = totals(read, launched.heads, *launched.blocks, launched.spans)
-        return Outcome(sampled, reads, frozenset(not_finite))
+        checked = _checked(launched.watch, found["watch"].tolist() if "watch" in found else [])
+        return Outcome(sampled, reads, frozenset(not_finite), checked)
 
     def warm_up(self, point: OperatingPoint, rules: Items[Retention], tokens: int) -> None:
         """Compute a prompt of so many tokens and one token more, so that what they need is compiled, and forget it."""
@@ -127,15 +142,15 @@ class Executor:
         finally:
             self.cache.drop(table)
 
-    def _forward(self, parts: Items[Part], rows: list[int], unread: Unread | None) -> tuple[Tensor, Reads, BlockRows]:
-        """Logits of these token rows [len(rows), V]."""
+    def _forward(self, parts: Items[Part], rows: list[int], unread: Unread | None, looks: bool) -> _Forward:
+        """Logits of these token rows [len(rows), V]. looks: at one of the generated tokens twice."""
         tables = [part.sequence.table for part in parts]
         spans = [Span(part.first, part.new, part.sequence.prompt_length) for part in parts]
         points = [part.sequence.point for part in parts]
         tokens = [t for part in parts for t in _tokens(part)]
-        logits, step = self._compute(spans, tables, points, tokens, rows, unread)
+        logits, step = self._compute(spans, tables, points, tokens, rows, unread, looks)
         prefill, decode = (blocks.rows if blocks is not None else () for blocks in (step.prefill, step.decode))
-        return logits, step.reads, (prefill, decode)
+        return logits, step.reads, (prefill, decode), step.watch
 
     def _compute(
         self,
@@ -145,15 +160,18 @@ class Executor:
         tokens: list[int],
         rows: list[int],
         unread: Unread | None = None,
+        looks: bool | None = None,
     ) -> tuple[Tensor, Step]:
         device = self.model.device
         step = plan_step(spans, self.cache.views(tables), points, self.model.shape.ratio, device)
+        if self.quality is not None and looks is not None:
+            step = replace(step, watch=self.quality.choose(step, tables, looks))
         inputs = numbers_to_device([tokens, _positions(spans)], device)
         if unread is not None:
             unread.put(inputs[0])
         return self.model.forward(inputs[0], inputs[1], step, numbers_to_device(rows, device)), step
 
-    def _replay(self, parts: Items[Part], unread: Unread | None) -> tuple[Tensor, Reads, BlockRows] | None:
+    def _replay(self, parts: Items[Part], unread: Unread | None) -> _Forward | None:
         """The same by a recorded graph, where every sequence has one generated token to compute."""
         if self.graphs is None or not all(_generates(part) for part in parts):
             return None
@@ -161,7 +179,7 @@ class Executor:
         found = self.graphs.run(tokens, unread)
         if found is None:
             return None
-        return *found, ((), tuple(BlockRow(n, n, token.pos, 1) for n, token in enumerate(tokens)))
+        return *found, ((), tuple(BlockRow(n, n, token.pos, 1) for n, token in enumerate(tokens))), None
 
     def _draw(self, logits: Tensor, wanted: _Rows, before: Launched | None) -> Draw | None:
         """The next tokens of the sequences that are due one."""
@@ -226,6 +244,15 @@ def _tokens(part: Part) -> list[int]:
     """What is fed to the model; 0 for the token that is unread."""
     known = part.sequence.tokens[part.first : part.first + part.new]
     return known + [0] * (part.new - len(known))
+
+
+def _checked(watch: Watch | None, numbers: Items[Items[float]]) -> tuple[Checked, ...]:
+    """What came of a step's checks. Those for which everything was read say nothing."""
+    if watch is None:
+        return ()
+    qualities = [Quality(*each) if all(map(math.isfinite, each)) else None for each in numbers]
+    made = (Checked(c, q) for c, q in zip(watch.made, qualities, strict=True) if q is None or q.density < 1)
+    return *made, *(Checked(check, None) for check in watch.blind)
 
 
 def _generates(part: Part) -> bool:

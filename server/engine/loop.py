@@ -19,6 +19,7 @@ from gossamer.server.engine.admission import QueueLoad
 from gossamer.server.engine.choice import NOT_FINITE
 from gossamer.server.engine.executor import Executor, Launched, Outcome
 from gossamer.server.engine.inflight import InFlight
+from gossamer.server.engine.quality import Checked, Guard
 from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
 from gossamer.server.engine.request import AttentionUse, Event, FinishReason, Progress, Started
 from gossamer.server.engine.scheduler import Part, Scheduler
@@ -58,6 +59,7 @@ class Observer(Protocol):
     def first_token(self, record: FirstToken) -> None: ...
     def inter_token(self, seconds: float) -> None: ...
     def finished(self, record: RequestRecord) -> None: ...
+    def checked(self, checked: Checked) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Loop:
     executor: Executor
     load: QueueLoad
     observer: Observer
+    guard: Guard
     audit: bool = False  # check the page books after every step
     ahead: bool = False  # launch a step before the one before it is read
     inbox: "SimpleQueue[Submit | Cancel | Stop]" = field(default_factory=SimpleQueue)
@@ -206,6 +209,9 @@ class Loop:
         open_parts = [part for part in step.parts if not part.sequence.ended]
         generated = self._publish(step.parts, outcome)
         self.scheduler.pace.learn(_work(step.parts), seconds)
+        for checked in outcome.checked:
+            self.guard.note(checked)
+            self.observer.checked(checked)
         if self.audit:
             self.scheduler.cache.audit()
         if open_parts:

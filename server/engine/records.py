@@ -1,5 +1,6 @@
 """What the engine tells the metrics: one record per step, per finished choice, and a snapshot of the state."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gossamer.server.engine.request import AttentionUse, FinishReason
@@ -73,6 +74,7 @@ class EngineStats:
     preemptions: int
     rules: tuple[RuleStats, ...]
     heartbeat_age: float  # seconds since the engine's loop last turned; 0 when idle
+    alarms: Mapping[str, bool]  # by operating point, whether live checks have crossed the bounds of quality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
