@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from gossamer.attention.artefacts import ArtefactError, Artefacts
 from gossamer.attention.plain_yaml import load_plain_yaml
@@ -82,18 +82,19 @@ class PolicyFile(Strict):
         min_length=1, max_length=16, json_schema_extra={"additionalProperties": False}
     )
 
-    @model_validator(mode="after")
-    def _safer_points(self) -> "PolicyFile":
-        for name, entry in self.points.items():
+    @field_validator("points")
+    @classmethod
+    def _safer_points(cls, points: dict[str, PointEntry]) -> dict[str, PointEntry]:
+        for name, entry in points.items():
             seen, safer = [name], entry.safer
             while safer is not None:
-                if safer not in self.points:
+                if safer not in points:
                     raise ValueError(f"operating point {seen[-1]!r} names {safer!r} as safer, which does not exist")
                 if safer in seen:
                     raise ValueError(f"operating points {', '.join(map(repr, seen))} name each other as safer")
                 seen.append(safer)
-                safer = self.points[safer].safer
-        return self
+                safer = points[safer].safer
+        return points
 
     def policy(self, artefacts: Artefacts) -> AttentionPolicy:
         """Every row written out, with the files that it names. Raises PolicyError for rows that name heads the model
@@ -168,7 +169,8 @@ def load_policy_file(path: Path) -> PolicyFile:
 def _first_fault(error: ValidationError) -> str:
     """Where the first fault is, in the words of the file, and what it is. Of the kinds that a place allows, the one
     that got furthest was meant; where none got further, all are said."""
-    faults = [(_place(fault["loc"]), fault["msg"]) for fault in error.errors(include_url=False)]
+    found = error.errors(include_url=False)
+    faults = [(_place(fault["loc"]), fault["msg"].removeprefix("Value error, ")) for fault in found]
     top = faults[0][0]
     place = max((place for place, _ in faults if place[: len(top)] == top), key=len)
     messages = [re.sub(r" or instance of \w+", "", message) for at, message in faults if at == place]

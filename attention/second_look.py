@@ -121,7 +121,7 @@ def compare(
     rows = queries * ratio
     device = q.device
     pos = torch.arange(row.pos, row.pos + row.count, -(-row.count // QUERIES), device=device)[:, None]  # [R, 1]
-    flat = q.float().flatten(0, 1)
+    flat = q.float().flatten(0, 1) * scale
     best = torch.full((rows,), -torch.inf, device=device)  # the largest logit so far
     best_read = torch.zeros(rows, dtype=torch.bool, device=device)
     mass, kept = torch.zeros(2, rows, device=device)
@@ -133,22 +133,24 @@ def compare(
     for first in range(0, length, piece):
         last = min(first + piece, length)
         k, v = _stored(kv, row.seq, head, first, last)
-        scores = flat @ k.T * scale
+        scores = flat @ k.T
         if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
         key = torch.arange(first, last, device=device)
-        causal = key <= pos  # [R, keys]
-        mine = read[first:last] & causal & ((key > pos - window) | (key < sink))
-        scores = scores.masked_fill(~causal.repeat_interleave(ratio, 0), -torch.inf)
+        mine = read[first:last] & ((key > pos - window) | (key < sink))  # [R, keys]
+        if last > row.pos:  # some keys come after some of the queries
+            causal = key <= pos
+            mine &= causal
+            scores.unflatten(0, (queries, ratio)).masked_fill_(~causal[:, None], -torch.inf)
         top, place = scores.max(-1)
         higher = top > best
         newest = torch.maximum(best, top)
         shrink = (best - newest).exp()
-        weights = (scores - newest[:, None]).exp()
-        wide = mine.repeat_interleave(ratio, 0)
-        best_read = torch.where(higher, wide.gather(1, place[:, None])[:, 0], best_read)
+        weights = scores.sub_(newest[:, None]).exp_()
+        own = weights.unflatten(0, (queries, ratio)) @ mine.float()[..., None]  # [R, ratio, 1]
+        best_read = torch.where(higher, mine.gather(1, place.view(queries, ratio)).flatten(), best_read)
         mass = mass * shrink + weights.sum(-1)
-        kept = kept * shrink + (weights * wide).sum(-1)
+        kept = kept * shrink + own.flatten()
         dense = dense * shrink[:, None] + weights @ v
         seen = seen + mine.sum(-1)
         best = newest

@@ -6,6 +6,8 @@ import fake_engine
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gossamer.attention.second_look import Check, Quality
+from gossamer.server.engine.quality import Checked
 from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
 from gossamer.server.engine.request import AttentionUse
 from gossamer.server.metrics import Metrics
@@ -46,6 +48,9 @@ def metrics() -> Metrics:
     metrics.inter_token(0.02)
     metrics.finished(RECORD)
     metrics.rejected("max_num_queued_reqs")
+    check = Check("fast", True, "0-10", 3, 1, 0)
+    metrics.checked(Checked(check, Quality(recall=0.75, error=0.2, top1=0.5, density=0.1)))
+    metrics.checked(Checked(check._replace(decode=False), None))
     return metrics
 
 
@@ -99,6 +104,13 @@ def test_numbers(metrics: Metrics) -> None:
         "gossamer:kv_bytes_held rule=all": 7 * 4096,
         "gossamer:kv_bytes_held rule=sink64+recent256": 5 * 4096,
         "gossamer:kv_pages_cached rule=all": 3,
+        "gossamer:quality_recall_sum layers=0-10 phase=decode point=fast": 0.75,
+        "gossamer:quality_output_error_sum layers=0-10 phase=decode point=fast": 0.2,
+        "gossamer:quality_output_error_count layers=0-10 phase=decode point=fast": 1,
+        "gossamer:quality_top1_agreement_sum layers=0-10 phase=decode point=fast": 0.5,
+        "gossamer:quality_unchecked_total layers=0-10 phase=prefill point=fast": 1,
+        "gossamer:quality_alarm point=fast": 1,
+        "gossamer:quality_alarm point=exact": 0,
     }
     assert {name: seen[name] for name in expected} == pytest.approx(expected)
 

@@ -222,6 +222,28 @@ def test_a_policy_for_another_model_is_refused(tmp_path: Path, field: str, value
         check_model(entry, **{**right, field: value})  # type: ignore[arg-type]
 
 
+def test_points_name_safer_ones(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(EXAMPLE.replace("  fast:\n", "  careful: {first_dense_layers: 1}\n  fast:\n    safer: careful\n"))
+    policy = load_policy_file(file).policy(Artefacts(tmp_path))
+    assert policy.point("fast").safer == "careful" and policy.safer()["fast"] == "careful"
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(EXAMPLE)
+    assert load_policy_file(plain).policy(Artefacts(tmp_path)).safer() == {"fast": "exact"}
+
+
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        ("  fast: {safer: elsewhere}", "operating point 'fast' names 'elsewhere' as safer, which does not exist"),
+        ("  fast: {safer: fast}", "operating points 'fast' name each other as safer"),
+        ("  fast: {safer: other}\n  other: {safer: fast}", "operating points 'fast', 'other' name each other as safer"),
+    ],
+)
+def test_safer_points_lead_somewhere(tmp_path: Path, points: str, said: str) -> None:
+    assert said in complaint(tmp_path, EXAMPLE[: EXAMPLE.index("points:")] + f"points:\n{points}\n")
+
+
 def test_only_layers_and_kv_heads_have_to_be_given(tmp_path: Path) -> None:
     file = tmp_path / "policy.yaml"
     file.write_text(EXAMPLE)

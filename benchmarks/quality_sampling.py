@@ -1,0 +1,203 @@
+"""What it costs to look twice at live traffic, and how near the sampled numbers come to those of looking at everything.
+
+    python benchmarks/quality_sampling.py --out benchmarks/results/quality_sampling_cpu.json
+
+The demo model under each operating point, through the real engine. Cost: prompts and answers with checks at the
+default rate and without any, in turn (ratios of the medians of rounds), and the share of the engine's time that the
+checks of the same run took, which noise between rounds does not reach. Estimates: the same documents once more, at the
+rate given by --sampled, against checks of every head, tile and token.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_engine import Silent
+from demo_model.example_document import DEMO, example
+from sparse_points import chosen_points
+from sparse_serving import run, settings
+
+from gossamer.attention.policy import AttentionPolicy
+from gossamer.attention.quality import Sampler
+from gossamer.attention.second_look import Check, Watch
+from gossamer.attention.step import Step
+from gossamer.server.bench.provenance import provenance, write_report
+from gossamer.server.config import ServerConfig
+from gossamer.server.engine.build import assemble
+from gossamer.server.engine.engine import Engine
+from gossamer.server.engine.model import Model, load_model
+from gossamer.server.engine.quality import Checked
+from gossamer.server.engine.tokenizer import Tokenizer
+
+
+class Kept(Silent):
+    """An observer that keeps the checks."""
+
+    def __init__(self) -> None:
+        self.checks: list[Checked] = []
+
+    def checked(self, checked: object) -> None:
+        assert isinstance(checked, Checked)
+        self.checks.append(checked)
+
+
+class Everything(Sampler):
+    """Looks at every head that may leave keys out, in every tile and for every token."""
+
+    def _checks(self, point: Any, row: Any, block: int, size: int, decode: bool) -> list[tuple[int, Check]]:
+        origin = row.pos // size * size
+        return [
+            (row.seq, Check(point.name, decode, name, layer, head, block))
+            for name, heads in self._leaving_out(point, decode)
+            for layer, head, above in heads
+            if above <= origin
+        ]
+
+
+class Timed(Sampler):
+    """Adds up the seconds that choosing and looking take; on a CPU, where calls return when they are done."""
+
+    seconds = 0.0
+
+    def choose(self, step: Step, tables: Any, generated: bool) -> Watch | None:
+        began = time.perf_counter()
+        watch = super().choose(step, tables, generated)
+        self.seconds += time.perf_counter() - began
+        if watch is None:
+            return None
+        return TimedWatch(watch, self)
+
+
+class TimedWatch(Watch):
+    """The same, timed."""
+
+    __slots__ = ("_sampler",)
+
+    def __init__(self, watch: Watch, sampler: Timed) -> None:
+        super().__init__(watch._left, watch.blind)
+        self._sampler = sampler
+
+    def look(self, *args: Any, **options: Any) -> None:
+        began = time.perf_counter()
+        super().look(*args, **options)
+        self._sampler.seconds += time.perf_counter() - began
+
+
+def start(policy: AttentionPolicy, model: Model, longest: int, observer: Kept) -> Engine:
+    config = settings("gossamer-demo", longest, kv_cache_memory=2 * 2**30)
+    tokenizer = Tokenizer.load(config.model_path, revision=None, chat_template=None)
+    engine = assemble(config, model, tokenizer, policy, observer, lambda line: None)
+    engine.start()
+    return engine
+
+
+def cost(
+    engine: Engine, point: str, prompts: list[list[int]], new: int, rounds: int, rate: float, windows: Any
+) -> dict[str, Any]:
+    executor = engine._loop.executor
+    first: dict[bool, list[float]] = {True: [], False: []}
+    each: dict[bool, list[float]] = {True: [], False: []}
+    timed = Timed(rate, windows)
+    busy = 0.0
+    executor.quality = None
+    run(engine, point, prompts[0][:4096], 4)  # warms up
+    for number in range(rounds):
+        for looks in (True, False) if number % 2 else (False, True):
+            executor.quality = timed if looks else None
+            own = run(engine, point, prompts[number % len(prompts)], new)
+            first[looks].append(own.started - own.began)
+            each[looks].append((own.ended - own.started) / (new - 1))
+            busy += (own.ended - own.began) * looks
+    return {
+        "rate": rate,
+        "rounds": rounds,
+        "ttft_ratio": round(statistics.median(a / b for a, b in zip(first[True], first[False], strict=True)), 4),
+        "tpot_ratio": round(statistics.median(a / b for a, b in zip(each[True], each[False], strict=True)), 4),
+        "share_of_time": round(timed.seconds / busy, 5),
+    }
+
+
+def means(checks: list[Checked]) -> dict[str, dict[str, float]]:
+    """By phase: means over the groups of layers, each the mean of its checks, as a dashboard would show them."""
+    found: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for checked in checks:
+        if checked.quality is not None:
+            found[checked.phase][checked.check.layers].append(checked.quality)
+    answer = {}
+    for phase, groups in found.items():
+        count = sum(map(len, groups.values()))
+        answer[phase] = {"checks": float(count)} | {
+            name: round(statistics.fmean(statistics.fmean(getattr(q, name) for q in own) for own in groups.values()), 4)
+            for name in ("recall", "error", "top1")
+        }
+    return answer
+
+
+def estimates(
+    engine: Engine, observer: Kept, point: str, prompts: list[list[int]], new: int, rate: float, windows: Any
+) -> dict[str, Any]:
+    executor = engine._loop.executor
+    found = {}
+    for name, sampler in (("sampled", Sampler(rate, windows)), ("everything", Everything(1.0, windows))):
+        executor.quality = sampler
+        observer.checks.clear()
+        for each in prompts:
+            run(engine, point, each, new)
+        found[name] = means(observer.checks)
+        found[f"{name}_unchecked"] = len([c for c in observer.checks if c.quality is None])
+    return {"rate": rate, **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", nargs="+", default=["gossamer-demo:fast", "gossamer-demo-mixed:fast"])
+    parser.add_argument("--length", type=int, default=32768, help="of the prompts that are timed")
+    parser.add_argument("--estimated", type=int, default=12288, help="length of those that are looked at whole")
+    parser.add_argument("--sampled", type=float, default=0.1)
+    parser.add_argument("--new", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--documents", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = ServerConfig(model="gossamer-demo")
+    model = load_model(
+        config.model_path, revision=None, dtype="bfloat16", device=torch.device("cpu"), served_length=None, report=print
+    )
+    tokenizer = Tokenizer.load(config.model_path, revision=None, chat_template=None)
+    points = [point for point in chosen_points(args.points, "").points if point.name != "dense"]
+    long, short = (
+        [asked(tokenizer, length, seed) for seed in range(20, 20 + args.documents)]
+        for length in (args.length, args.estimated)
+    )
+    results = []
+    for each in points:
+        observer = Kept()
+        engine = start(AttentionPolicy("quality", (each,)), model, args.length + args.new + 64, observer)
+        windows = model.shape.windows
+        own = {
+            "point": each.name,
+            "length": args.length,
+            "cost": cost(engine, each.name, long, args.new, args.rounds, config.quality_sample_rate, windows),
+            "estimated_length": args.estimated,
+            "estimates": estimates(engine, observer, each.name, short, 64, args.sampled, windows),
+        }
+        engine.stop(0.0)
+        print(json.dumps(own, indent=1), flush=True)
+        results.append(own)
+    write_report(args.out, {**provenance("cpu"), "results": results})
+
+
+def asked(tokenizer: Tokenizer, tokens: int, seed: int) -> list[int]:
+    """The tokens of a document with facts in it, and a question."""
+    return tokenizer.encode_chat(example(tokens - 200, 6, seed, DEMO).messages(0))
+
+
+if __name__ == "__main__":
+    main()
