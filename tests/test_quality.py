@@ -19,7 +19,6 @@ from gossamer.attention.quality import Sampler, layer_groups
 from gossamer.attention.second_look import QUERIES, Check, Quality, Watch, compare, read_keys, rows_of
 from gossamer.attention.selectors import BlockSparse, Budget, Dense, SinkRecent
 from gossamer.attention.step import Span, Step, plan_step
-from gossamer.kernels.layout import UNLIMITED
 from gossamer.kvcache.cache import KVCache
 from gossamer.kvcache.groups import group_heads
 from gossamer.kvcache.retention import KeepAll, KeepSinkRecent
@@ -69,8 +68,8 @@ def right(case: Case, n: int, g: int, softcap: float, sinks: Tensor | None) -> Q
         {"spans": ((0, 130), (70, 200)), "density": 0.4, "tokens": 20, "ratio": 2},
         {
             "spans": ((0, 300), (0, 33)),
-            "density": 0.3,
-            "windows": [(3, 90), (0, UNLIMITED)],
+            "density": 0.6,
+            "windows": [(3, 90), (5, 40)],
             "ratio": 4,
             "heads": (1, 3),
         },
