@@ -27,6 +27,7 @@ from gossamer.attention.profiling.cost import (
     packaged_devices,
     save_device_profile,
 )
+from gossamer.attention.profiling.fidelity import Score, Trial, within
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.search import DENSE, Assignment, Choice, Search
 from gossamer.attention.profiling.sensitivity import FLOOR, Place, probed_again, sensitivities
@@ -320,3 +321,40 @@ def test_heads_that_look_further_in_longer_prompts_are_probed_there_too() -> Non
     for phase in PHASES:
         torch.testing.assert_close(answer[phase], torch.tensor([[25.0, 4.0], [2.0, 0.0]], dtype=torch.float64))
         assert known[phase][0, 0] == 0.3
+
+
+def trial(*cells: tuple[str, int, int, int]) -> Trial:
+    """(task, length, found, asked) each, one answer per score."""
+    return Trial(
+        tuple(Score(task, length, 0.0, 1.0, int(n < right), 1) for task, length, right, of in cells for n in range(of)),
+        {},
+    )
+
+
+@pytest.mark.parametrize(
+    ("points", "own", "held"),
+    [
+        (1.0, (12, 12, 12), True),
+        (1.0, (11, 12, 12), True),  # a single answer is more than a point, and may be chance
+        (1.0, (10, 12, 12), False),
+        (1.0, (11, 11, 12), False),  # two of the same length are not
+        (1.0, (11, 12, 11), True),  # ... of different ones are
+        (20.0, (10, 12, 12), True),
+        (20.0, (9, 12, 12), False),
+        (9.0, (11, 11, 12), True),
+        (9.0, (10, 12, 12), False),
+    ],
+)
+def test_a_single_answer_is_no_loss(points: float, own: tuple[int, int, int], held: bool) -> None:
+    places = (("pairs", 4096), ("multikey", 4096), ("pairs", 32768))
+    dense = trial(*((task, length, 12, 12) for task, length in places))
+    found = trial(*((task, length, right, 12) for (task, length), right in zip(places, own, strict=True)))
+    assert within(dense, found, points) is held
+    assert within(dense, dense, 0.0)
+
+
+def test_many_answers_are_held_to_their_points() -> None:
+    dense = trial(("pairs", 4096, 300, 400), ("text", 4096, 0, 0))
+    assert within(dense, trial(("pairs", 4096, 296, 400)), 1.0)
+    assert not within(dense, trial(("pairs", 4096, 295, 400)), 1.0)
+    assert within(dense, trial(("pairs", 4096, 350, 400)), 0.0)

@@ -10,7 +10,7 @@ from gossamer.attention.policy_file import PolicyFile, Provenance
 from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.candidates import Candidate
 from gossamer.attention.profiling.cost import CostModel
-from gossamer.attention.profiling.fidelity import Fidelity, Trial, losses, together
+from gossamer.attention.profiling.fidelity import Fidelity, Trial, losses, together, within
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.profile import Attempt, Bound, Point, Rival, Settings
 from gossamer.attention.profiling.prompts import TEXT, Document
@@ -135,7 +135,7 @@ class Chooser:
         )
         if known is not None:
             return known.held
-        lost = diverged = 0.0
+        lost = diverged = 0.0  # the most of any length
         held = True
         for length in self.trials.settings.lengths:
             what = f"{bound.name}: a plan at {100 * plan.cost:.0f}% of dense cost"
@@ -143,7 +143,7 @@ class Chooser:
             dense = self.trials.run(self._all_dense, SEARCHED, length, "dense attention")
             lost = max(lost, *losses(dense, trial).values())
             diverged = max(diverged, trial.divergence())
-            held = lost <= bound.points and diverged <= bound.divergence
+            held = held and within(dense, trial, bound.points) and diverged <= bound.divergence
             if not held:  # longer documents take longer, and cannot mend it
                 break
         self.attempts.append(Attempt(bound.name, budget, plan, diverged, lost, held))

@@ -173,3 +173,19 @@ def losses(dense: Trial, trial: Trial) -> dict[tuple[str, int], float]:
         if cell.accuracy is not None and known is not None:
             found[key] = 100 * (known - cell.accuracy)
     return found
+
+
+def within(dense: Trial, trial: Trial, points: float) -> bool:
+    """Whether neither a task, at any length, nor all tasks of a length together lose more than so many points. A single
+    answer is let pass: fewer answers than 100 / points cannot tell less, and one may turn by chance."""
+    before, after = dense.cells(), trial.cells()
+    lost: dict[tuple[str, int], tuple[int, int]] = {}
+    for (task, length), cell in after.items():
+        known = before[task, length]
+        if cell.accuracy is None or known.accuracy is None:
+            continue
+        answers = round(known.accuracy * known.references) - round(cell.accuracy * cell.references)
+        lost[task, length] = answers, cell.references
+        less, of = lost.get(("", length), (0, 0))
+        lost["", length] = less + answers, of + cell.references
+    return all(answers <= max(1.0, points / 100 * of) for answers, of in lost.values())
