@@ -67,12 +67,12 @@ def attend(
                 rest, left = _without(blocks, index, [tiles for _way, tiles in handed.values()])
                 paged_prefill(q, kv, rest, left, out, lse, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
             _correct(q, kv, blocks, step, index, asked, out, lse, scale, softcap or 0.0)
-            if step.watch is not None:
-                own = step.views.heads(layer)[group]
-                step.watch.look(layer, own, q, kv, blocks, index, out, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
             if not q.is_cuda:
                 step.reads.select_seconds += selected - began
                 step.reads.attend_seconds += time.perf_counter() - selected
+            if step.watch is not None:
+                own = step.views.heads(layer)[group]
+                step.watch.look(layer, own, q, kv, blocks, index, out, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
     return out[None], None
 
 

@@ -4,7 +4,7 @@ It changes nothing: answers are the same with it and without it.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from gossamer.attention.policy import HeadPolicy, OperatingPoint
 from gossamer.attention.second_look import Check, Watch
@@ -17,7 +17,7 @@ from gossamer.kvcache.table import PageTable
 LAYER_GROUPS = 3  # runs of neighbouring layers that are told apart
 
 
-class Sampler:
+class QualitySampler:
     """Decides what is looked at twice: each query block of a prompt, and each step that generates tokens, with the
     same probability `rate`; there, in each group of layers, one of the heads that may leave keys out.
 
@@ -33,8 +33,12 @@ class Sampler:
         self._rng = random.Random(seed)
         self._heads: dict[tuple[OperatingPoint, bool], list[tuple[str, list[tuple[int, int, int]]]]] = {}
 
-    def draw(self) -> bool:
-        """Whether to look now."""
+    def generated(self, points: Iterable[OperatingPoint]) -> bool:
+        """Whether to look at one of the tokens of a step that generates for sequences at these points."""
+        sparse = any(heads for point in frozenset(points) for _, heads in self._leaving_out(point, True))
+        return sparse and self._draw()
+
+    def _draw(self) -> bool:
         return self._rng.random() < self._rate
 
     def choose(self, step: Step, tables: Sequence[PageTable], generated: bool) -> Watch | None:
@@ -42,7 +46,7 @@ class Sampler:
         asked = list[tuple[int, Check]]()
         if step.prefill is not None:
             for block, row in enumerate(step.prefill.rows):
-                if self.draw():
+                if self._draw():
                     asked += self._checks(step.points[row.seq], row, block, step.prefill.size, False)
         if generated and step.decode is not None:
             block = self._rng.randrange(len(step.decode.rows))

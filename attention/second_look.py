@@ -58,28 +58,23 @@ class Watch:
         out: Tensor, *, scale: float, softcap: float, sinks: Tensor | None,
     ) -> None:  # fmt: skip
         """Make those of the layer for `heads`, which are those of `kv`, in blocks of this kind, as they have attended.
-        q and out [T, H, D]."""
-        decode = blocks.size == 1
+        q and out [T, H, D]. A check for which there is no memory is not made."""
         for check in self._left:
-            if check.layer == layer and check.head in heads and check.decode == decode:
-                own = slice(check.head * kv.ratio, (check.head + 1) * kv.ratio)
-                at = heads.index(check.head)
-                row = blocks.rows[check.block]
-                which = rows_of(row)
+            if check.layer != layer or check.head not in heads or check.decode != (blocks.size == 1):
+                continue
+            own = slice(check.head * kv.ratio, (check.head + 1) * kv.ratio)
+            at, row = heads.index(check.head), blocks.rows[check.block]
+            which = rows_of(row)
+            logits = None if sinks is None else sinks[own]
+            try:
                 read = read_keys(index, at, check.block, row.pos + row.count)
-                quality = compare(
-                    q[which, own],
-                    out[which, own],
-                    kv,
-                    at,
-                    row,
-                    read,
-                    scale=scale,
-                    softcap=softcap,
-                    sinks=None if sinks is None else sinks[own],
-                )
-                self.made.append(check)
-                self._found.append(quality)
+                given = q[which, own], out[which, own]
+                found = compare(*given, kv, at, row, read, scale=scale, softcap=softcap, sinks=logits)
+            except torch.OutOfMemoryError:
+                self.blind = (*self.blind, check)
+                continue
+            self.made.append(check)
+            self._found.append(found)
 
 
 def rows_of(row: BlockRow) -> slice:

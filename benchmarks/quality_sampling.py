@@ -23,7 +23,7 @@ from sparse_points import chosen_points
 from sparse_serving import run, settings
 
 from gossamer.attention.policy import AttentionPolicy
-from gossamer.attention.quality import Sampler
+from gossamer.attention.quality import QualitySampler
 from gossamer.attention.second_look import Check, Watch
 from gossamer.attention.step import Step
 from gossamer.server.bench.provenance import provenance, write_report
@@ -46,7 +46,7 @@ class Kept(Silent):
         self.checks.append(checked)
 
 
-class Everything(Sampler):
+class Everything(QualitySampler):
     """Looks at every head that may leave keys out, in every tile and for every token."""
 
     def _checks(self, point: Any, row: Any, block: int, size: int, decode: bool) -> list[tuple[int, Check]]:
@@ -59,7 +59,7 @@ class Everything(Sampler):
         ]
 
 
-class Timed(Sampler):
+class Timed(QualitySampler):
     """Adds up the seconds that choosing and looking take; on a CPU, where calls return when they are done."""
 
     seconds = 0.0
@@ -143,7 +143,7 @@ def estimates(
 ) -> dict[str, Any]:
     executor = engine._loop.executor
     found = {}
-    for name, sampler in (("sampled", Sampler(rate, windows)), ("everything", Everything(1.0, windows))):
+    for name, sampler in (("sampled", QualitySampler(rate, windows)), ("everything", Everything(1.0, windows))):
         executor.quality = sampler
         observer.checks.clear()
         for each in prompts:

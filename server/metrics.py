@@ -115,7 +115,7 @@ class Metrics:
         )
         self._unchecked = Counter(
             "gossamer:quality_unchecked",
-            "Checks that could not be made: the head had given keys back.",
+            "Checks that could not be made, mostly as the head had given keys back.",
             (*_LABELS, *_CHECK_LABELS),
             registry=self.registry,
         )

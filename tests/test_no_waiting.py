@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
-from gossamer.attention.quality import Sampler as QualitySampler
+from gossamer.attention.quality import QualitySampler
 from gossamer.attention.selectors import BlockSparse, Budget, DoubleSparsity, SinkRecent, VerticalSlash
 from gossamer.attention.step import Span, plan_step
 from gossamer.kvcache.cache import KVCache

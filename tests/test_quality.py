@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gossamer.attention import second_look
 from gossamer.attention.policy import DENSE, AttentionPolicy, HeadPolicy, OperatingPoint
-from gossamer.attention.quality import Sampler, layer_groups
+from gossamer.attention.quality import QualitySampler, layer_groups
 from gossamer.attention.second_look import QUERIES, Check, Quality, Watch, compare, read_keys, rows_of
 from gossamer.attention.selectors import BlockSparse, Budget, Dense, SinkRecent
 from gossamer.attention.step import Span, Step, plan_step
@@ -130,7 +130,7 @@ def a_step(
     return plan_step(spans, cache.views(tables), points, 2), tables, cache
 
 
-def chosen(sampler: Sampler, *args: Any) -> tuple[list[Check], list[Check]]:
+def chosen(sampler: QualitySampler, *args: Any) -> tuple[list[Check], list[Check]]:
     watch = sampler.choose(*args)
     return ([], []) if watch is None else (watch._left, list(watch.blind))
 
@@ -142,7 +142,7 @@ def test_heads_are_asked_where_they_may_leave_keys_out() -> None:
     spans = [Span(0, 128, 128), Span(320, 64, 500), Span(400, 1, 100), Span(200, 64, 500)]
     points = [point, point, point, policy.points[0]]
     step, tables, _ = a_step(spans, points, policy)
-    sampler = Sampler(1.0, (None, None, None, None, 100))
+    sampler = QualitySampler(1.0, (None, None, None, None, 100))
     found = [check for _ in range(50) for check in chosen(sampler, step, tables, True)[0]]
     assert {(c.layers, c.layer, c.head) for c in found if not c.decode and c.block < 2} == {
         ("0", 0, 0), ("1-2", 2, 0), ("1-2", 2, 1)
@@ -158,19 +158,20 @@ def test_the_rate_is_that_of_tiles_and_of_steps() -> None:
     point = uniform("p", SPARSE, SPARSE)
     policy = AttentionPolicy("p", (point,))
     step, tables, _ = a_step([Span(0, 3200, 3200)], [point], policy)
-    sampler = Sampler(0.1, (None,))
+    sampler = QualitySampler(0.1, (None,))
     found = sum(len(chosen(sampler, step, tables, False)[0]) for _ in range(100))
     assert 400 < found < 600  # of 5,000 tiles; one layer, one group
-    assert 60 < sum(sampler.draw() for _ in range(1000)) < 140
-    again = Sampler(0.0, (None,))
-    assert again.choose(step, tables, False) is None and not any(again.draw() for _ in range(100))
+    assert 60 < sum(sampler.generated([point]) for _ in range(1000)) < 140
+    assert not any(sampler.generated([uniform("exact", DENSE)]) for _ in range(100)), "nothing to look for"
+    again = QualitySampler(0.0, (None,))
+    assert again.choose(step, tables, False) is None and not any(again.generated([point]) for _ in range(100))
 
 
 def test_heads_that_gave_keys_back_cannot_be_checked() -> None:
     point = uniform("p", STREAMING, SPARSE)
     policy = AttentionPolicy("p", (uniform("exact", DENSE, DENSE), point))
     step, tables, _ = a_step([Span(0, 640, 640), Span(640, 64, 1000)], [point, point], policy)
-    sampler = Sampler(1.0, (None,))
+    sampler = QualitySampler(1.0, (None,))
     pairs = [chosen(sampler, step, tables, False) for _ in range(50)]
     can, cannot = ([check for pair in pairs for check in pair[i]] for i in (0, 1))
     assert {(c.head, c.block) for c in cannot} == {(0, 10)}, "the first chunk still has all keys"
@@ -184,7 +185,7 @@ def test_looking_changes_nothing_and_finds_what_is_left_out(chunk: int, monkeypa
     policy = AttentionPolicy("p", (point,))
     lives = [Life(500, 450, point, 1), Life(260, 250, point, 2)]
     plain = run(policy, lives, lambda: chunk)
-    sampler = Sampler(1.0, (None,))
+    sampler = QualitySampler(1.0, (None,))
 
     def watched(spans: Any, views: Any, points: Any, ratio: int) -> Step:
         step = plan_step(spans, views, points, ratio)
@@ -215,6 +216,20 @@ def views_rows(step: Step, seq: int, length: int) -> Any:
     """The page tables of one sequence by group, as a `PageTable` has them."""
     pages = -(-length // 64)
     return [table[seq, :pages].numpy() for table in step.views._tables]
+
+
+def test_a_look_without_memory_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step goes on."""
+
+    def full(*args: Any, **options: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(second_look, "compare", full)
+    case = make_case(**{"spans": ((0, 130),)})
+    check = Check("p", False, "0", 0, 1, 0)
+    watch = Watch([check], [])
+    watch.look(0, (0, 1), case.q, case.kv, case.blocks, case.index, case.q, scale=1.0, softcap=0.0, sinks=None)
+    assert watch.blind == (check,) and not watch.made
 
 
 POLICY = AttentionPolicy(
@@ -379,4 +394,4 @@ def test_dense_is_a_selector_and_has_nothing_to_check() -> None:
     assert isinstance(DENSE.prefill, Dense)
     point = uniform("exact", DENSE, DENSE)
     step, tables, _ = a_step([Span(0, 640, 640)], [point], AttentionPolicy("p", (point,)))
-    assert Sampler(1.0, (None,)).choose(step, tables, True) is None
+    assert QualitySampler(1.0, (None,)).choose(step, tables, True) is None

@@ -10,7 +10,7 @@ from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.packaged import find_policy_file, packaged_for
 from gossamer.attention.policy import AttentionPolicy, dense_policy, within_windows
 from gossamer.attention.policy_file import PolicyError, check_model, load_policy_file
-from gossamer.attention.quality import Sampler as QualitySampler
+from gossamer.attention.quality import QualitySampler
 from gossamer.kernels.dense_prefill import LEAST_QUERIES
 from gossamer.kernels.fp8 import FP8
 from gossamer.kernels.layout import PAGE_SIZE

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gossamer.attention.policy import OperatingPoint
-from gossamer.attention.quality import Sampler as QualitySampler
+from gossamer.attention.quality import QualitySampler
 from gossamer.attention.reads import Reads, SpanReads, totals
 from gossamer.attention.second_look import Quality, Watch
 from gossamer.attention.step import Span, Step, plan_step
@@ -88,7 +88,7 @@ class Executor:
         wanted, unread = _rows(parts), _unread(parts, before)
         began = time.monotonic()
         # A recorded step cannot be looked into.
-        looks = self.quality is not None and any(map(_generates, parts)) and self.quality.draw()
+        looks = self.quality is not None and self.quality.generated(p.sequence.point for p in parts if _generates(p))
         replayed = None if looks else self._replay(parts, unread)
         logits, reads, blocks, watch = replayed or self._forward(parts, wanted.rows, unread, looks)
         seconds = time.monotonic() - began
