@@ -103,7 +103,7 @@ class ServerConfig:
         "Quality",
         "Share of the steps that generate tokens, and of the tiles of prompts, in which a few sparse heads look at "
         "every key once more, for the metrics; 0: none.",
-        0.005,
+        0.0025,
         low=0.0,
         high=1.0,
     )
