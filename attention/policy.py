@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gossamer.attention.selectors import Dense, Selector
 from gossamer.kvcache.retention import KeepAll, KeepSinkRecent, Retention
@@ -111,9 +111,9 @@ def within_windows(policy: AttentionPolicy, windows: Sequence[int | None]) -> At
     return AttentionPolicy(
         policy.name,
         tuple(
-            OperatingPoint(
-                point.name,
-                tuple(
+            replace(
+                point,
+                heads=tuple(
                     tuple(fit(head, window) for head in heads)
                     for heads, window in zip(point.heads, windows, strict=True)
                 ),

@@ -122,3 +122,9 @@ def test_a_model_s_own_windows_win() -> None:
 def test_windows_are_given_for_every_layer() -> None:
     with pytest.raises(ValueError, match=r"zip\(\) argument"):
         within_windows(dense_policy(3, 1), [None, None])
+
+
+def test_windows_of_layers_leave_everything_else_of_a_point() -> None:
+    heads = ((DENSE,) * 2,) * 2
+    policy = AttentionPolicy("p", (OperatingPoint("fast", heads, "careful"), OperatingPoint("careful", heads)))
+    assert [each.safer for each in within_windows(policy, [100, None]).points] == ["careful", None]
