@@ -330,7 +330,8 @@ def with_one_request(engine: Engine, device: FakeDevice) -> tuple[Loop, Answer]:
     turns, answer = engine._loop, Answer(1)
     turns.executor = device  # type: ignore[assignment]
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-    flight = engine._in_flight(Request(id="one", prompt=prompt(300), params=params), 1, answer.publish)
+    request, point = Request(id="one", prompt=prompt(300), params=params), engine.point(engine.default_point)
+    flight = engine._in_flight(request, point, 1, answer.publish)
     flight.arrived = device.now
     turns.load.enter(1, 300)
     turns.inbox.put(Submit(flight))
