@@ -65,10 +65,13 @@ class QualitySampler:
         checks = []
         for name, heads in self._leaving_out(point, decode):
             asked = [(layer, head) for layer, head, above in heads if above <= origin]
-            if asked:
-                layer, head = self._rng.choice(asked)
+            for layer, head in self._chosen(asked) if asked else ():
                 checks.append((row.seq, Check(point.name, decode, name, layer, head, block)))
         return checks
+
+    def _chosen(self, heads: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        """Those of a group of layers that look twice."""
+        return [self._rng.choice(heads)]
 
     def _leaving_out(self, point: OperatingPoint, decode: bool) -> list[tuple[str, list[tuple[int, int, int]]]]:
         """By group of layers: layer, KV head, and the position from which it may leave keys out."""

@@ -6,6 +6,7 @@ from gossamer.attention.policy import AttentionPolicy
 from gossamer.server.config import ServerConfig
 from gossamer.server.engine.build import assemble
 from gossamer.server.engine.engine import Engine
+from gossamer.server.engine.loop import Observer
 from gossamer.server.engine.model import load_model
 from gossamer.server.engine.tokenizer import Tokenizer
 
@@ -20,7 +21,9 @@ class Silent:
     def checked(self, checked: object) -> None: ...
 
 
-def start(config: ServerConfig, policy: AttentionPolicy, device: str = "cpu") -> Engine:
+def start(
+    config: ServerConfig, policy: AttentionPolicy, device: str = "cpu", observer: Observer | None = None
+) -> Engine:
     """The engine that `config` describes, under `policy`, running."""
     path = config.model_path
     tokenizer = Tokenizer.load(path, revision=None, chat_template=None)
@@ -33,6 +36,6 @@ def start(config: ServerConfig, policy: AttentionPolicy, device: str = "cpu") ->
         dummy=config.load_format == "dummy",
         report=print,
     )
-    engine = assemble(config, loaded, tokenizer, policy, Silent(), print)
+    engine = assemble(config, loaded, tokenizer, policy, observer or Silent(), print)
     engine.start()
     return engine

@@ -13,24 +13,23 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from demo_engine import Silent
+from demo_engine import Silent, start
 from demo_model.example_document import DEMO, example
 from sparse_points import chosen_points
 from sparse_serving import run, settings
 
 from gossamer.attention.policy import AttentionPolicy
 from gossamer.attention.quality import QualitySampler
-from gossamer.attention.second_look import Check, Watch
+from gossamer.attention.second_look import Watch
 from gossamer.attention.step import Step
 from gossamer.server.bench.provenance import provenance, write_report
 from gossamer.server.config import ServerConfig
-from gossamer.server.engine.build import assemble
 from gossamer.server.engine.engine import Engine
-from gossamer.server.engine.model import Model, load_model
 from gossamer.server.engine.quality import Checked
 from gossamer.server.engine.tokenizer import Tokenizer
 
@@ -49,14 +48,8 @@ class Kept(Silent):
 class Everything(QualitySampler):
     """Looks at every head that may leave keys out, in every tile and for every token."""
 
-    def _checks(self, point: Any, row: Any, block: int, size: int, decode: bool) -> list[tuple[int, Check]]:
-        origin = row.pos // size * size
-        return [
-            (row.seq, Check(point.name, decode, name, layer, head, block))
-            for name, heads in self._leaving_out(point, decode)
-            for layer, head, above in heads
-            if above <= origin
-        ]
+    def _chosen(self, heads: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        return heads
 
 
 class Timed(QualitySampler):
@@ -86,14 +79,6 @@ class TimedWatch(Watch):
         began = time.perf_counter()
         super().look(*args, **options)
         self._sampler.seconds += time.perf_counter() - began
-
-
-def start(policy: AttentionPolicy, model: Model, longest: int, observer: Kept) -> Engine:
-    config = settings("gossamer-demo", longest, kv_cache_memory=2 * 2**30)
-    tokenizer = Tokenizer.load(config.model_path, revision=None, chat_template=None)
-    engine = assemble(config, model, tokenizer, policy, observer, lambda line: None)
-    engine.start()
-    return engine
 
 
 def cost(
@@ -167,9 +152,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = ServerConfig(model="gossamer-demo")
-    model = load_model(
-        config.model_path, revision=None, dtype="bfloat16", device=torch.device("cpu"), served_length=None, report=print
-    )
     tokenizer = Tokenizer.load(config.model_path, revision=None, chat_template=None)
     points = [point for point in chosen_points(args.points, "").points if point.name != "dense"]
     long, short = (
@@ -179,8 +161,9 @@ def main() -> None:
     results = []
     for each in points:
         observer = Kept()
-        engine = start(AttentionPolicy("quality", (each,)), model, args.length + args.new + 64, observer)
-        windows = model.shape.windows
+        own_settings = settings("gossamer-demo", args.length + args.new + 64, kv_cache_memory=2 * 2**30)
+        engine = start(own_settings, AttentionPolicy("quality", (each,)), observer=observer)
+        windows = engine._loop.executor.model.shape.windows
         own = {
             "point": each.name,
             "length": args.length,

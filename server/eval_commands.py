@@ -7,6 +7,7 @@ import typer
 
 from gossamer.server.config import ConfigError, ServerConfig, make_config
 from gossamer.server.exits import fail, whole_number
+from gossamer.server.model_flags import Device, DType, Revision, Threads
 
 if TYPE_CHECKING:
     from gossamer.server.eval.run import Found, Job
@@ -113,22 +114,16 @@ def evaluate(
             "--plots", metavar="FOLDER", help="Write pictures here; needs gossamer\\[plots].", show_default=False
         ),
     ] = None,
-    device: Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where the model runs.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="auto|bfloat16|float16|float32", help="What the model computes in.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: DType = "auto",
     kv_cache_memory: Annotated[
         str | None, typer.Option("--kv-cache-memory", metavar="SIZE", help="Of keys and values.", show_default="enough")
     ] = None,
     kv_cache_dtype: Annotated[
         str, typer.Option("--kv-cache-dtype", metavar="auto|fp8", help="Type of keys and values.")
     ] = "auto",
-    threads: Annotated[
-        str | None, typer.Option("--threads", metavar="N", help="Of the CPU.", show_default="torch's choice")
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option("--revision", metavar="TEXT", help="Of a hub id.", show_default=False)
-    ] = None,
+    threads: Threads = None,
+    revision: Revision = None,
 ) -> None:
     """Ask MODEL questions whose answers are known, under dense attention and under policies, and compare."""
     from gossamer.server.eval.question import EvalError
@@ -150,7 +145,7 @@ def evaluate(
         fail("--api-key-file is for a server; give --url too, or leave it out.", code=2)
     if url is not None and (unused := [name for name, value in engine.items() if value is not None]):
         fail(f"--{unused[0].replace('_', '-')} is for a model in this process; leave it out with --url.", code=2)
-    config = _config({"model": model, "revision": revision, **engine})
+    config = _config({"model": model, "revision": revision, "quality_sample_rate": 0.0, **engine})
     from gossamer.server.eval.qa import QAText
     from gossamer.server.eval.ruler import TASKS
     from gossamer.server.eval.run import Job

@@ -9,6 +9,7 @@ import typer
 
 from gossamer.server.config import ConfigError, make_config
 from gossamer.server.exits import fail, whole_number
+from gossamer.server.model_flags import Device, DType, Revision, Threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,16 +92,10 @@ def profile(
         bool, typer.Option("--compare", help="Try each backend for all heads alike too, at equal density.")
     ] = False,
     seed: Annotated[str, typer.Option("--seed", metavar="N", help="Of documents and of training.")] = "0",
-    device: Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where the model runs.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="auto|bfloat16|float16|float32", help="What the model computes in.")
-    ] = "auto",
-    threads: Annotated[
-        str | None, typer.Option("--threads", metavar="N", help="Of the CPU.", show_default="torch's choice")
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option("--revision", metavar="TEXT", help="Of a hub id.", show_default=False)
-    ] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    threads: Threads = None,
+    revision: Revision = None,
     load_format: Annotated[
         str, typer.Option("--load-format", metavar="auto|dummy", help="dummy: random weights, for time and memory.")
     ] = "auto",

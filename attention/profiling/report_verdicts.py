@@ -114,8 +114,8 @@ def verdict_of(profile: Profile, point: Point) -> Verdict:
     total = _together(found)
     if point.bound is None:
         return Verdict(point, "reference", worst, total, ("Dense attention, which the others are compared with.",))
-    before, _ = _broken(point, dense.searched, point.searched)
-    after, chance = _broken(point, dense.unseen, point.unseen)
+    before, _ = _broken(point, dense.searched, point.searched, searched=True)
+    after, chance = _broken(point, dense.unseen, point.unseen, searched=False)
     said = []
     if point.plan.heads == dense.plan.heads:
         said.append("Every head is dense here: the search found nothing sparser that held the bound.")
@@ -148,7 +148,7 @@ def _together(found: list[Loss]) -> Loss | None:
     return Loss("all tasks and lengths", dense, own)
 
 
-def _broken(point: Point, dense: Trial, trial: Trial) -> tuple[list[str], bool]:
+def _broken(point: Point, dense: Trial, trial: Trial, *, searched: bool) -> tuple[list[str], bool]:
     """What of the bound did not hold in a trial, as the search judges it; and whether all of it may be chance: losses
     whose interval reaches into the bound."""
     assert point.bound is not None
@@ -157,7 +157,7 @@ def _broken(point: Point, dense: Trial, trial: Trial) -> tuple[list[str], bool]:
     if not diverged <= point.bound.divergence:  # unknown is not held
         said.append(f"{nats(diverged)} nats from dense, where {point.bound.divergence:g} are allowed")
     over = [key for key, value in lost.items() if not value <= point.bound.points]
-    if trial is point.searched and within(dense, trial, point.bound.points):
+    if searched and within(dense, trial, point.bound.points):
         over = []  # the search lets a single answer pass
     known = losses_of(dense, trial)
     sure = bool(said) or any(known[key].interval[0] > point.bound.points for key in over)

@@ -31,8 +31,8 @@ from gossamer.server.engine.scheduler import Part
 from gossamer.server.engine.sequence import Sequence
 from gossamer.server.engine.transfer import CopyOut, Unread, numbers_to_device
 
-_Forward = tuple[Tensor, Reads, "BlockRows", Watch | None]
 BlockRows = tuple[tuple[BlockRow, ...], tuple[BlockRow, ...]]  # a step's query blocks: prompts', and generated tokens'
+_Forward = tuple[Tensor, Reads, BlockRows, Watch | None]
 
 
 @dataclass(frozen=True, slots=True)
