@@ -1,14 +1,12 @@
 """The real engine on a model folder, for benchmarks that bring their own policy."""
 
-import torch
+from dataclasses import replace
 
 from gossamer.attention.policy import AttentionPolicy
 from gossamer.server.config import ServerConfig
-from gossamer.server.engine.build import assemble
+from gossamer.server.engine.build import build_engine
 from gossamer.server.engine.engine import Engine
 from gossamer.server.engine.loop import Observer
-from gossamer.server.engine.model import load_model
-from gossamer.server.engine.tokenizer import Tokenizer
 
 
 class Silent:
@@ -25,17 +23,7 @@ def start(
     config: ServerConfig, policy: AttentionPolicy, device: str = "cpu", observer: Observer | None = None
 ) -> Engine:
     """The engine that `config` describes, under `policy`, running."""
-    path = config.model_path
-    tokenizer = Tokenizer.load(path, revision=None, chat_template=None)
-    loaded = load_model(
-        path,
-        revision=None,
-        dtype=config.dtype,
-        device=torch.device(device),
-        served_length=config.max_model_len,
-        dummy=config.load_format == "dummy",
-        report=print,
-    )
-    engine = assemble(config, loaded, tokenizer, policy, observer or Silent(), print)
+    asked = replace(config, device=device)
+    engine = build_engine(asked, observer or Silent(), print, choose=lambda _: policy)
     engine.start()
     return engine

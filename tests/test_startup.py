@@ -19,6 +19,7 @@ from gossamer.server.engine import build
 from gossamer.server.engine.build import build_engine
 from gossamer.server.engine.engine import Engine
 from gossamer.server.engine.families import SUPPORTED, StartupError
+from gossamer.server.engine.loop import Loop
 from gossamer.server.engine.tokenizer import Tokenizer
 
 FEW = 200_000  # bytes
@@ -56,6 +57,32 @@ def edit_config(path: Path, **changes: Any) -> None:
     file = path / "config.json"
     config = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def test_nothing_but_the_engine_has_helping_threads(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second thread that computes in parallel makes each of the engine's small operations wait."""
+    found: dict[str, int] = {}
+
+    def noting(name: str, part: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            found[name] = torch.get_num_threads()
+            return part(*args, **named)
+
+        return call
+
+    for name in ("load_model", "assemble"):
+        monkeypatch.setattr(build, name, noting(name, getattr(build, name)))
+    monkeypatch.setattr(Loop, "run", noting("engine", Loop.run))
+    before = torch.get_num_threads()
+    engine, _ = start(pristine, threads=3)
+    try:
+        engine.start()
+        engine.stop(0)
+        assert found == {"load_model": 1, "assemble": 1, "engine": 3}
+    finally:
+        torch.set_num_threads(before)
+    refused(pristine, max_model_len=10**9)
+    assert torch.get_num_threads() == before
 
 
 def test_directories_that_are_none(tmp_path: Path, checkpoint: Path) -> None:

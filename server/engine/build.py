@@ -1,7 +1,8 @@
 """From a ServerConfig to an engine that is ready to start. Every refusal is a StartupError of one sentence."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,8 +48,32 @@ def build_engine(
     """Load the model, check the policy, size the cache. `report` gets a line of progress at a time. `choose`: which
     policy, in place of the one that `config` names."""
     device = _device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    with _alone(device, config.threads or torch.get_num_threads()):
+        return _build(config, metrics, report, choose, device)
+
+
+@contextmanager
+def _alone(device: torch.device, threads: int) -> Iterator[None]:
+    """Before the engine runs on a CPU, compute in one thread; from then on in so many.
+
+    A thread that has once computed in parallel keeps OpenMP's helpers for ever. GNU's OpenMP lets them all wait asleep
+    as soon as they outnumber the cores, and waking them costs more than a small operation takes: so the engine's
+    thread is to be the only one that has any.
+    """
+    torch.set_num_threads(1 if device.type == "cpu" else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _build(
+    config: ServerConfig,
+    metrics: Observer,
+    report: Callable[[str], None],
+    choose: Callable[[Model], AttentionPolicy] | None,
+    device: torch.device,
+) -> Engine:
     path = config.model_path
     load_config(path, config.revision)  # a checkpoint that cannot be served is refused for that, not for its tokenizer
     try:
