@@ -14,8 +14,8 @@ import torch
 from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.policy_view import PHASES
 from gossamer.attention.profiling.candidates import ladder
-from gossamer.attention.profiling.cost import save_device_profile
 from gossamer.attention.profiling.device import measure_device
+from gossamer.attention.profiling.device_times import save_device_profile
 from gossamer.attention.profiling.gates import GateWeights, write_gates
 from gossamer.attention.profiling.labels import write_labels
 from gossamer.attention.profiling.reading import Shape

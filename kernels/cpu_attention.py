@@ -85,7 +85,7 @@ def _attend_capped(
 
 def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float = 0.0, piece: int) -> list[Part]:
     """As `attend` for one query each (M == 1) that sees every key, cut into pieces of `piece` keys that run in
-    parallel, and a rest: for machines with more cores than there are heads."""
+    parallel, and a rest: for heads that cannot be shared out evenly among the cores."""
     whole = k.shape[1] // piece
     if whole < 2 or softcap > 0:
         return [attend(q, k, v, scale=scale, softcap=softcap)]

@@ -37,7 +37,7 @@ def paged_decode(
 
 SHORT_PAGES, MANY = 2, 8  # so many sequences that are so short are copied together and read in one call
 LEAST_IN_PLACE = 1024  # tokens side by side that are worth a call of their own, where a run is in several places
-PIECE = 4096  # keys per core where there are more cores than heads
+PIECE = 4096  # keys that a core takes at once where heads cannot be shared out evenly
 
 
 def paged_decode_torch(
@@ -56,8 +56,9 @@ def paged_decode_torch(
     sequence; scattered ones, and short ones when there are many, are gathered."""
     heads = kv.heads.tolist()
     runs, rest = _runs_in_place(kv, blocks, index, heads)
-    piece = PIECE if len(heads) < torch.get_num_threads() else 2**62
+    threads = torch.get_num_threads()
     for run in runs:
+        piece = PIECE if (run.last_head - run.first_head + 1) % threads else 2**62
         row, ratio = blocks.rows[run.block], kv.ratio
         low, high = heads[run.first_head] * ratio, (heads[run.last_head] + 1) * ratio
         packed = q[row.token, low:high].unflatten(0, (-1, ratio)).unsqueeze(2)

@@ -185,7 +185,7 @@ def _run(job: "Job", json_file: Path | None, plots: Path | None) -> None:
     from gossamer.server.engine.families import StartupError
     from gossamer.server.eval.question import EvalError
     from gossamer.server.eval.run import evaluate as run
-    from gossamer.server.profile_commands import Shown
+    from gossamer.server.progress import Shown
 
     if job.config.threads:
         torch.set_num_threads(job.config.threads)

@@ -1,7 +1,6 @@
 """`gossamer profile`: the command line of profiling."""
 
 import re
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +12,6 @@ from gossamer.server.model_flags import Device, DType, Revision, Threads
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
 
     from gossamer.attention.profiling.profile import Profile
     from gossamer.server.profile.run import Job
@@ -145,9 +143,10 @@ def _run(job: "Job") -> None:
     import torch
     from rich.console import Console
 
-    from gossamer.attention.profiling.cost import DeviceProfileError
+    from gossamer.attention.profiling.device_times import DeviceProfileError
     from gossamer.server.engine.families import StartupError
     from gossamer.server.profile.run import profile as run
+    from gossamer.server.progress import Shown
 
     if job.config.threads:
         torch.set_num_threads(job.config.threads)
@@ -165,34 +164,6 @@ def _run(job: "Job") -> None:
     finally:
         shown.end()
     _print_summary(console, found, job.out)
-
-
-class Shown:
-    """Progress bars and lines, with the time."""
-
-    def __init__(self, console: "Console") -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._console, self._began = console, time.monotonic()
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._bars.start()
-        self._task: TaskID | None = None
-
-    def begin(self, stage: str, total: int) -> None:
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-        self._task = self._bars.add_task(stage, total=total)
-
-    def tick(self) -> None:
-        if self._task is not None:
-            self._bars.advance(self._task)
-
-    def say(self, text: str) -> None:
-        self._bars.console.print(f"{time.monotonic() - self._began:7.1f}s  {text}", markup=False)
-
-    def end(self) -> None:
-        self._bars.stop()
 
 
 def _print_summary(console: "Console", found: "Profile", out: Path) -> None:

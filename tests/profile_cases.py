@@ -8,12 +8,14 @@ import torch
 from gossamer.attention.policy_file import ModelEntry, Provenance
 from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.candidates import Candidate, ladder
-from gossamer.attention.profiling.cost import Curve, DeviceProfile, PhaseCurves, Weights
+from gossamer.attention.profiling.cost import Weights
+from gossamer.attention.profiling.device_times import Curve, DeviceProfile, PhaseTimes, Timing
 from gossamer.attention.profiling.fidelity import Score, Trial
 from gossamer.attention.profiling.findings import Found
+from gossamer.attention.profiling.options import Assignment, Choice
 from gossamer.attention.profiling.profile import Attempt, Bound, Point, Profile, Rival, Settings, Spent
 from gossamer.attention.profiling.reading import Shape
-from gossamer.attention.profiling.search import Assignment, Choice, Plan
+from gossamer.attention.profiling.search import Plan
 from gossamer.attention.profiling.statistics import Looks
 from gossamer.attention.profiling.writing import policy_file
 from gossamer.attention.reads import SpanReads
@@ -149,8 +151,9 @@ def _looks(shape: Shape, length: int, generator: torch.Generator) -> Looks:
 
 def _device(candidates: Mapping[Phase, tuple[Candidate, ...]]) -> DeviceProfile:
     curve = Curve(points=((1.0, 1e-6), (8.0, 4e-6)))
+    timing = Timing(call=1e-6, each=curve)
     curves = {
-        phase: PhaseCurves(attend=curve, tokens=curve, choose={each.kind: curve for each in own})
+        phase: PhaseTimes(dense=timing, attend=timing, tokens=curve, choose={each.kind: timing for each in own})
         for phase, own in candidates.items()
     }
     about = {"torch": "2.13.0"}

@@ -1,8 +1,10 @@
 """What calibration says of candidates, against attention computed slowly in float64."""
 
+import itertools
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from gossamer.attention.profiling.prompts import Document, Exchange
 from gossamer.attention.profiling.reading import Reader, shape_of
 from gossamer.attention.profiling.state import State
 from gossamer.attention.profiling.statistics import Statistics
+from gossamer.attention.profiling.stopwatch import Stopwatch
 from gossamer.attention.selectors import Dense, SinkRecent
 from gossamer.kvcache.retention import KeepAll
 
@@ -211,6 +214,22 @@ def test_what_was_found_is_found_again(tmp_path: Path) -> None:
     assert not other.resumed
     other.tensors("t", lambda: make("fourth"))
     assert calls == ["first", "third", "fourth"]
+
+
+def test_time_of_a_run_that_was_interrupted_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(0.0, 3.0)
+    monkeypatch.setattr("gossamer.attention.profiling.stopwatch.time", SimpleNamespace(monotonic=lambda: next(now)))
+    first = Stopwatch(State(tmp_path / "state", "one"))
+    with first.stage("search"):
+        pass
+    with pytest.raises(KeyboardInterrupt), first.stage("verification"):
+        raise KeyboardInterrupt
+    second = Stopwatch(State(tmp_path / "state", "one"))
+    with second.stage("verification"):
+        pass
+    assert [(each.stage, each.seconds) for each in second.spent] == [("search", 3.0), ("verification", 6.0)]
+    assert all(each.memory > 0 for each in second.spent)
+    assert Stopwatch(State(tmp_path / "state", "another")).spent == ()
 
 
 def test_decoding_is_tried_on_prompts_that_were_read_once(model: Any) -> None:

@@ -15,21 +15,23 @@ from gossamer.attention.policy_file import ModelEntry, PolicyFile, Provenance, l
 from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.policy_yaml import to_yaml
 from gossamer.attention.profiling.candidates import Candidate, ladder
-from gossamer.attention.profiling.cost import (
-    CostModel,
+from gossamer.attention.profiling.cost import CostModel, Goal, Weights
+from gossamer.attention.profiling.device import _Pair, _timing
+from gossamer.attention.profiling.device_times import (
     Curve,
     DeviceProfile,
     DeviceProfileError,
-    PhaseCurves,
+    PhaseTimes,
     Reads,
-    Weights,
+    Timing,
     load_device_profile,
     packaged_devices,
     save_device_profile,
 )
 from gossamer.attention.profiling.fidelity import Score, Trial, within
 from gossamer.attention.profiling.findings import Found
-from gossamer.attention.profiling.search import DENSE, Assignment, Choice, Search
+from gossamer.attention.profiling.options import DENSE, Assignment, Choice
+from gossamer.attention.profiling.search import Search
 from gossamer.attention.profiling.sensitivity import FLOOR, Place, probed_again, sensitivities
 from gossamer.attention.profiling.writing import policy_file, spelled
 from gossamer.attention.selectors import SinkRecent
@@ -39,20 +41,30 @@ LENGTHS = (4096, 32768)
 LAYERS, HEADS = 2, 2
 LADDERS: dict[Phase, tuple[Candidate, ...]] = {phase: ladder(phase, labels=None, gates=None) for phase in PHASES}
 LINE = Curve(points=((0.0, 0.0), (100.0, 100.0)))
+TILES = 2048 // 64  # of a chunk of a prompt, which share its calls
 
 
-def device(call: float = 0.0) -> DeviceProfile:
-    """A second per page; choosing takes a hundredth of it, and so many seconds for a call."""
+def device(call: float = 0.0, attending: float = 0.0) -> DeviceProfile:
+    """A second per page; choosing takes a hundredth of it. Calls of selectors and of attention take so many seconds for
+    each query block that shares them in a chunk, and for a token."""
+
+    def times(blocks: int) -> PhaseTimes:
+        choose = Timing(call=blocks * call, each=Curve(points=((0.0, 0.0), (100.0, 1.0))))
+        return PhaseTimes(
+            dense=Timing(call=0.0, each=LINE),
+            attend=Timing(call=blocks * attending, each=LINE),
+            tokens=Curve(points=((0.0, 0.0), (64.0, 1.5))),
+            choose=dict.fromkeys(kinds, choose),
+        )
+
     kinds = {each.kind for own in LADDERS.values() for each in own} - {"dense", "sink-recent"}
-    cheap = Curve(points=((0.0, call), (100.0, call + 1.0)))
-    curves = PhaseCurves(
-        attend=LINE, tokens=Curve(points=((0.0, 0.0), (64.0, 1.5))), choose=dict.fromkeys(kinds, cheap)
+    return DeviceProfile(
+        device="none", dtype="float32", ratio=2, head_dim=64, about={}, prefill=times(TILES), decode=times(1)
     )
-    return DeviceProfile(device="none", dtype="float32", ratio=2, head_dim=64, about={}, prefill=curves, decode=curves)
 
 
-def costs(memory: float | None = None, call: float = 0.0) -> CostModel:
-    return CostModel(device(call), Weights.of("latency", memory), LENGTHS, LAYERS * HEADS, 16384)
+def costs(memory: float | None = None, call: float = 0.0, attending: float = 0.0, goal: Goal = "latency") -> CostModel:
+    return CostModel(device(call, attending), Weights.of(goal, memory), LENGTHS, LAYERS, HEADS, 16384)
 
 
 def found(seed: int) -> dict[Phase, dict[int, Found]]:
@@ -74,12 +86,19 @@ def found(seed: int) -> dict[Phase, dict[int, Found]]:
     return answer
 
 
-def search(seed: int, memory: float | None = None, free: tuple[int, ...] = (0, 1), call: float = 0.0) -> Search:
+def search(
+    seed: int,
+    memory: float | None = None,
+    free: tuple[int, ...] = (0, 1),
+    call: float = 0.0,
+    attending: float = 0.0,
+) -> Search:
     weight = torch.rand(LAYERS, HEADS, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     tables: dict[Phase, list[dict[str, int]]] = {
         phase: [{"mean keys": 256} if "mean" in each.kind else {} for each in own] for phase, own in LADDERS.items()
     }
-    return Search(LADDERS, found(seed), dict.fromkeys(PHASES, weight), costs(memory, call), tables, free)
+    model = costs(memory, call, attending)
+    return Search(LADDERS, found(seed), dict.fromkeys(PHASES, weight), model, tables, free)
 
 
 @settings(max_examples=25, deadline=None)
@@ -115,7 +134,7 @@ def selectors(heads: Assignment) -> int:
 def test_heads_share_a_selector_where_a_call_costs_more_than_it_saves() -> None:
     shared = 0
     for seed in range(6):
-        chooser = search(seed, call=40.0)
+        chooser = search(seed, call=80.0)
         plan, apart = chooser.plan(0.4), search(seed).plan(0.4)
         assert plan.divergence <= 0.4
         assert plan.cost <= chooser.judged(apart.heads).cost + 1e-9
@@ -131,6 +150,50 @@ def test_a_call_is_paid_for_by_the_heads_that_share_it() -> None:
     together = [chooser.judged(((one, one), (DENSE, DENSE))).cost for chooser in (free, dear)]
     apart = [chooser.judged(((one, two), (DENSE, DENSE))).cost for chooser in (free, dear)]
     assert apart[1] - apart[0] == pytest.approx(2 * (together[1] - together[0]))
+
+
+def windows(heads: Assignment) -> int:
+    """Calls of attention, over layers."""
+    return sum(len({choice if choice.streams else None for choice in row}) for row in heads)
+
+
+def test_heads_of_a_layer_share_a_window_where_a_call_costs_more_than_it_saves() -> None:
+    fewer = 0
+    for seed in range(8):
+        chooser, free = search(seed, memory=0.6, attending=60.0), search(seed, memory=0.6)
+        plan, apart = chooser.plan(0.6), free.plan(0.6)
+        assert plan.divergence <= 0.6
+        assert plan.cost <= chooser.judged(apart.heads).cost + 1e-9
+        fewer += windows(plan.heads) < windows(apart.heads)
+    assert fewer >= 3
+
+
+def test_calls_too_dear_for_anything_leave_every_head_dense() -> None:
+    plan = search(2, call=1e4, attending=1e4).plan(1e9)
+    assert plan.heads == ((DENSE,) * HEADS,) * LAYERS
+    assert plan.cost == pytest.approx(1.0)
+
+
+def test_what_a_layer_calls_is_paid_for_once_by_all_that_a_step_computes() -> None:
+    """Of 4 heads that are half of all; dense attention takes a second a page."""
+    by_mass, bounds = "block-sparse mean by mass", "block-sparse bounds by share"
+    model = costs(0.0, call=3.0, attending=1.0)
+    page = sum(1 / (length / 64) for length in LENGTHS) / 2 / (LAYERS * HEADS)
+    assert model.of_calls("decode", [["dense"]]) == 0.0
+    assert model.of_calls("decode", [["sink-recent"]]) == pytest.approx(0.5 * page * 1)
+    assert model.of_calls("decode", [["dense", by_mass]]) == pytest.approx(0.5 * page * 4)
+    assert model.of_calls("decode", [[bounds, by_mass, bounds], ["dense"]]) == pytest.approx(0.5 * page * 10)
+    assert model.of_calls("prefill", [["vertical-slash"]]) == pytest.approx(0.5 * page * 2 * 4)  # sees half the pages
+    many = costs(0.0, call=3.0, attending=1.0, goal="throughput")
+    assert many.of_calls("decode", [[by_mass]]) == pytest.approx(2 / 3 * page * 4 / 16)
+
+
+def test_what_a_call_takes_is_told_from_what_its_blocks_add() -> None:
+    timing = _timing([(size, _Pair(2.0 + 4 * add, 2.0 + 16 * add, (4, 16))) for size, add in ((8.0, 0.5), (32.0, 1.0))])
+    assert timing.call == pytest.approx(2.0)
+    assert [timing.each.at(size) for size in (8.0, 20.0, 32.0)] == pytest.approx([0.5, 0.75, 1.0])
+    parallel = _timing([(size, _Pair(3.0, 3.0 + size, (4, 16))) for size in (36.0, 72.0)])
+    assert parallel.call == 0.0 and parallel.each.at(36.0) == pytest.approx(39 / 16)
 
 
 def test_a_bound_that_nothing_breaks_gives_the_cheapest_plan() -> None:

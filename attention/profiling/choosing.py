@@ -12,9 +12,10 @@ from gossamer.attention.profiling.candidates import Candidate
 from gossamer.attention.profiling.cost import CostModel
 from gossamer.attention.profiling.fidelity import Fidelity, Trial, losses, together, within
 from gossamer.attention.profiling.findings import Found
+from gossamer.attention.profiling.options import DENSE, Assignment, Choice
 from gossamer.attention.profiling.profile import Attempt, Bound, Point, Rival, Settings
 from gossamer.attention.profiling.prompts import TEXT, Document
-from gossamer.attention.profiling.search import DENSE, Assignment, Choice, Plan, Search
+from gossamer.attention.profiling.search import Plan, Search
 from gossamer.attention.profiling.state import State
 from gossamer.attention.profiling.subject import CALIBRATED, SEARCHED, UNSEEN, Progress, Subject
 from gossamer.attention.profiling.writing import policy_file

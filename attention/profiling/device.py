@@ -4,7 +4,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from random import Random
 from statistics import median
+from typing import TypeVar
 
 import torch
 
@@ -12,7 +15,8 @@ from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.index import build_index
 from gossamer.attention.policy_view import Phase
 from gossamer.attention.profiling.candidates import Candidate
-from gossamer.attention.profiling.cost import Curve, DeviceProfile, PhaseCurves
+from gossamer.attention.profiling.cost import CHUNK
+from gossamer.attention.profiling.device_times import FREE, Curve, DeviceProfile, PhaseTimes, Timing
 from gossamer.attention.profiling.reading import Shape
 from gossamer.attention.selectors import Selector
 from gossamer.attention.selectors.base import CORRECTION
@@ -24,11 +28,12 @@ from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.kvcache.summaries import FilledPages, Summary
 
-CHUNK = 2048  # tokens of a prompt that are computed at once
-BATCH = 4  # sequences that decode
+CHUNKS = (CHUNK // 4, CHUNK)  # tokens of a prompt that are computed at once, and
+BATCHES = (1, 4)  # sequences that decode: few and many, to tell what a call costs from what its blocks add
 READ = (2, 8, 32, 128)  # pages per block whose reading is timed
 TOKENS = (64, 512, 2048)
-ROUNDS = 5
+WARM, ROUNDS = 1, 15
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +59,7 @@ def measure_device(
     report: Callable[[str], None],
 ) -> DeviceProfile:
     """Time attention over noise, and one candidate of each kind, at two lengths or more."""
-    curves: dict[Phase, PhaseCurves] = {}
-    for phase, own in candidates.items():
-        kinds = {each.kind: each.selector(shape.free[0], shape, artefacts) for each in own}
-        choose: dict[str, list[tuple[float, float]]] = {}
-        for length in sorted(lengths):
-            layer = _noise(shape, phase, length, [s for each in kinds.values() for s in each.summaries])
-            for kind, selector in kinds.items():
-                if kind in ("dense", "sink-recent"):
-                    continue
-                report(f"{phase}: {kind} at {length} tokens")
-                seen = length / PAGE_SIZE
-                choose.setdefault(kind, []).append((seen, _time_choosing(layer, selector) / layer.shares))
-        report(f"{phase}: attention")
-        attend, tokens = _time_attending(layer)
-        curves[phase] = PhaseCurves(
-            attend=attend,
-            tokens=tokens,
-            choose={kind: Curve(points=tuple(points)) for kind, points in choose.items()},
-        )
+    times = {phase: _measure_phase(shape, phase, own, artefacts, lengths, report) for phase, own in candidates.items()}
     return DeviceProfile(
         device=device_name(shape.device),
         dtype=str(shape.dtype).removeprefix("torch."),
@@ -83,9 +70,85 @@ def measure_device(
             "threads": str(torch.get_num_threads()),
             "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
         },
-        prefill=curves["prefill"],
-        decode=curves["decode"],
+        prefill=times["prefill"],
+        decode=times["decode"],
     )
+
+
+def _measure_phase(
+    shape: Shape,
+    phase: Phase,
+    candidates: Sequence[Candidate],
+    artefacts: Artefacts,
+    lengths: Sequence[int],
+    report: Callable[[str], None],
+) -> PhaseTimes:
+    kinds = {each.kind: each.selector(shape.free[0], shape, artefacts) for each in candidates}
+    choosing = {kind: partial(_choosing, selector=selector) for kind, selector in kinds.items() if kind not in FREE}
+    dense: list[tuple[float, _Pair]] = []
+    choose: dict[str, list[tuple[float, _Pair]]] = {kind: [] for kind in choosing}
+    for length in sorted(lengths):
+        layers = _noise(shape, phase, length, [s for each in kinds.values() for s in each.summaries])
+        pages = length // PAGE_SIZE
+        report(f"{phase}: dense attention, and {len(choosing)} ways of choosing, at {length} tokens")
+        found = _measure(layers, {**choosing, "dense": partial(_attending, read=pages)})
+        dense.append((pages, found.pop("dense")))
+        for kind, pair in found.items():
+            choose[kind].append((pages, pair))
+    report(f"{phase}: attention to what was chosen")
+    attend = _measure(layers, {read: partial(_attending, read=read) for read in READ if read < pages})
+    return PhaseTimes(
+        dense=_timing(dense),
+        attend=_timing(list(attend.items())),
+        tokens=_measure_tokens(layers),
+        choose={kind: _timing(own) for kind, own in choose.items()},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Seconds for few and for many shares: blocks times KV heads."""
+
+    few: float
+    many: float
+    shares: tuple[int, int]
+
+    @property
+    def call(self) -> float:
+        """What is left when there is nothing to share."""
+        few, many = self.shares
+        return max(0.0, (self.few * many - self.many * few) / (many - few))
+
+
+def _timing(measured: Sequence[tuple[float, _Pair]]) -> Timing:
+    """Against sizes. One call for all of them, the least that was found; the rest is what blocks add."""
+    call = min(pair.call for _, pair in measured)
+    points = tuple((float(size), max(0.0, pair.many - call) / pair.shares[1]) for size, pair in measured)
+    return Timing(call=call, each=Curve(points=points))
+
+
+def _measure_tokens(layers: Sequence[_Layer]) -> Curve:
+    """What single tokens add to one page, for one head and block."""
+    most = (layers[-1].kv.table.shape[1] - 1) * PAGE_SIZE
+    works = {count: partial(_attending, read=1, tokens=count) for count in (0, *(min(n, most) for n in TOKENS))}
+    found = _measure(layers[-1:], works)
+    alone = found[0].many
+    return Curve(points=tuple((float(n), max(0.0, pair.many - alone) / pair.shares[1]) for n, pair in found.items()))
+
+
+def _measure(layers: Sequence[_Layer], works: Mapping[K, Callable[[_Layer], Callable[[], None]]]) -> dict[K, _Pair]:
+    """Medians of some rounds, each of all works in another order, so that what disturbs one disturbs all."""
+    calls = {(name, n): work(layer) for name, work in works.items() for n, layer in enumerate(layers)}
+    taken: dict[tuple[K, int], list[float]] = {key: [] for key in calls}
+    rng, order = Random(0), list(calls)
+    for _ in range(WARM + ROUNDS):
+        rng.shuffle(order)
+        for key in order:
+            began = _now(layers[0].q.device)
+            calls[key]()
+            taken[key].append(_now(layers[0].q.device) - began)
+    last, shares = len(layers) - 1, (layers[0].shares, layers[-1].shares)
+    return {name: _Pair(median(taken[name, 0][WARM:]), median(taken[name, last][WARM:]), shares) for name in works}
 
 
 def device_name(device: torch.device) -> str:
@@ -95,8 +158,9 @@ def device_name(device: torch.device) -> str:
     return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _noise(shape: Shape, phase: Phase, length: int, summaries: Sequence[Summary]) -> _Layer:
-    sequences = 1 if phase == "prefill" else BATCH
+def _noise(shape: Shape, phase: Phase, length: int, summaries: Sequence[Summary]) -> tuple[_Layer, _Layer]:
+    """With few blocks and with many, over the same keys."""
+    sequences = 1 if phase == "prefill" else BATCHES[-1]
     pages, heads, device = length // PAGE_SIZE, shape.kv_heads, shape.device
     pool = (heads, sequences * pages, PAGE_SIZE, shape.head_dim)
     generator = torch.Generator(device).manual_seed(0)
@@ -123,17 +187,24 @@ def _noise(shape: Shape, phase: Phase, length: int, summaries: Sequence[Summary]
     filled = FilledPages.of([(n, page) for n in range(sequences) for page in range(pages)], device)
     for each in dict.fromkeys(summaries):
         each.write(kv, filled)
+    few, many = (_queries(shape, phase, length, n, noise) for n in (0, 1))
+    return _Layer(kv, *few, shape.head_dim**-0.5), _Layer(kv, *many, shape.head_dim**-0.5)
+
+
+def _queries(
+    shape: Shape, phase: Phase, length: int, number: int, noise: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, QueryBlocks]:
+    """Of CHUNKS[number] tokens at the end of a prompt, or the newest ones of BATCHES[number] sequences."""
     if phase == "prefill":
-        size, first = max(1, TILE_ROWS // shape.ratio), max(0, length - CHUNK)
+        size, first = max(1, TILE_ROWS // shape.ratio), max(0, length - CHUNKS[number])
         rows = [BlockRow(0, at - first, at, min(size, length - at)) for at in range(first, length, size)]
-        blocks = QueryBlocks.of(size, rows, device)
+        blocks = QueryBlocks.of(size, rows, shape.device)
     else:
-        blocks = QueryBlocks.of(1, [BlockRow(n, n, length - 1, 1) for n in range(sequences)], device)
-    q = noise(sum(row.count for row in blocks.rows), shape.query_heads, shape.head_dim)
-    return _Layer(kv, q, blocks, shape.head_dim**-0.5)
+        blocks = QueryBlocks.of(1, [BlockRow(n, n, length - 1, 1) for n in range(BATCHES[number])], shape.device)
+    return noise(sum(row.count for row in blocks.rows), shape.query_heads, shape.head_dim), blocks
 
 
-def _time_choosing(layer: _Layer, selector: Selector) -> float:
+def _choosing(layer: _Layer, selector: Selector) -> Callable[[], None]:
     """From the queries to the index, and the correction for dropped pages where there is one."""
     q, kv, blocks = layer.q, layer.kv, layer.blocks
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[:2], device=q.device)
@@ -144,21 +215,16 @@ def _time_choosing(layer: _Layer, selector: Selector) -> float:
             means = (kv.summaries[each.name] for each in CORRECTION)
             add_dropped_pages(q, kv, blocks, index, out, lse, *means, scale=layer.scale)
 
-    return _seconds(choose, q.device)
+    return choose
 
 
-def _time_attending(layer: _Layer) -> tuple[Curve, Curve]:
-    """Against pages read, and what tokens add."""
-    pages = layer.kv.table.shape[1]
-    by_pages = []
-    for read in sorted({min(read, pages) for read in READ}):
-        by_pages.append((float(read), _seconds_of(layer, _index(layer, read)) / layer.shares))
-    alone = _seconds_of(layer, _index(layer, 1))
-    by_tokens = [(0.0, 0.0)]
-    for tokens in sorted({min(count, (pages - 1) * PAGE_SIZE) for count in TOKENS}):
-        more = _seconds_of(layer, _index(layer, 1, tokens)) - alone
-        by_tokens.append((float(tokens), max(0.0, more) / layer.shares))
-    return Curve(points=tuple(by_pages)), Curve(points=tuple(by_tokens))
+def _attending(layer: _Layer, read: int, tokens: int = 0) -> Callable[[], None]:
+    """So many pages for every block, or all that it may see, and so many single tokens."""
+    index = _index(layer, read, tokens)
+    out = torch.empty_like(layer.q)
+    lse = torch.empty(layer.q.shape[:2], dtype=torch.float32, device=layer.q.device)
+    attend = paged_decode if layer.blocks.size == 1 else paged_prefill
+    return partial(attend, layer.q, layer.kv, layer.blocks, index, out, lse, scale=layer.scale)
 
 
 def _index(layer: _Layer, pages: int, tokens: int = 0) -> SparseIndex:
@@ -179,27 +245,6 @@ def _index(layer: _Layer, pages: int, tokens: int = 0) -> SparseIndex:
     count = torch.full((heads, blocks), len(some), dtype=torch.int32, device=layer.q.device)
     start = (torch.arange(heads * blocks, dtype=torch.int32, device=layer.q.device) * len(some)).view(heads, blocks)
     return SparseIndex(index.start, index.count, index.pages, start, count, flat)
-
-
-def _seconds_of(layer: _Layer, index: SparseIndex) -> float:
-    out = torch.empty_like(layer.q)
-    lse = torch.empty(layer.q.shape[:2], dtype=torch.float32, device=layer.q.device)
-    attend = paged_decode if layer.blocks.size == 1 else paged_prefill
-
-    def run() -> None:
-        attend(layer.q, layer.kv, layer.blocks, index, out, lse, scale=layer.scale)
-
-    return _seconds(run, layer.q.device)
-
-
-def _seconds(call: Callable[[], None], device: torch.device) -> float:
-    """Median of some rounds, after one that warms up."""
-    taken = []
-    for _ in range(ROUNDS + 1):
-        began = _now(device)
-        call()
-        taken.append(_now(device) - began)
-    return median(taken[1:])
 
 
 def _now(device: torch.device) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.calibrate import Tables
-from gossamer.attention.profiling.cost import Reads
+from gossamer.attention.profiling.device_times import Reads
 
 FIELDS = ("error", "norm", "recall", "queries", "read", "possible", "singles")
 

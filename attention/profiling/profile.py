@@ -8,7 +8,8 @@ from torch import Tensor
 from gossamer.attention.policy_file import ModelEntry, PolicyFile
 from gossamer.attention.policy_view import Phase
 from gossamer.attention.profiling.candidates import Candidate
-from gossamer.attention.profiling.cost import DeviceProfile, Goal, Weights
+from gossamer.attention.profiling.cost import Goal, Weights
+from gossamer.attention.profiling.device_times import DeviceProfile
 from gossamer.attention.profiling.fidelity import Trial
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.reading import Shape

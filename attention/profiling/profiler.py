@@ -14,8 +14,9 @@ from gossamer.attention.policy_file import Provenance
 from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.candidates import Candidate, ladder
 from gossamer.attention.profiling.choosing import Chooser, Trials
-from gossamer.attention.profiling.cost import CostModel, DeviceProfile, Reads, Weights
+from gossamer.attention.profiling.cost import CostModel, Weights
 from gossamer.attention.profiling.device import measure_device
+from gossamer.attention.profiling.device_times import DeviceProfile, Reads
 from gossamer.attention.profiling.fidelity import Fidelity
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.gate_training import gates_against_pooled_keys, train_gates
@@ -44,7 +45,10 @@ class Profiler:
     progress: Progress
     device: DeviceProfile | None = None
     about: Mapping[str, str] = field(default_factory=dict)
-    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    stopwatch: Stopwatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stopwatch = Stopwatch(self.state)
 
     def run(self) -> Profile:
         """Raises ValueError for a length that is too short for the tasks."""
@@ -127,7 +131,8 @@ class Profiler:
             device,
             Weights.of(self.settings.goal, self.settings.memory),
             self.settings.lengths,
-            shape.layers * shape.kv_heads,
+            shape.layers,
+            shape.kv_heads,
             2 * PAGE_SIZE * shape.head_dim * element,
         )
 

@@ -21,8 +21,8 @@ def stages_section(profile: Profile) -> Section:
     most = max((spent.memory for spent in profile.spent), default=0)
     rows.append(("all", seconds(total), size(most), seconds(total / read / heads)))
     said = (
-        "Memory is the most that the process, or the GPU where there is one, had held by the end of a stage. Results "
-        "that an earlier, interrupted run had left took no time here. The last column divides by the tokens that "
+        "Memory is the most that the process, or the GPU where there is one, had held by the end of a stage. What "
+        "earlier runs took whose results were gone on from is counted. The last column divides by the tokens that "
         f"calibration reads, {read}, and by the {number_of(heads, 'KV head')}.",
     )
     columns = ("stage", "time", "memory", "per KV head and token")

@@ -165,7 +165,8 @@ def cost_section(profile: Profile) -> Section:
     weights, goal = profile.weights, profile.settings.goal
     said = (
         f"Cost is predicted from the device profile of {profile.device.device}, for {goal}: {percent(weights.prefill)} "
-        f"prefill time, {percent(weights.decode)} decode time, {percent(weights.memory)} KV memory, each as a share of "
+        f"prefill time, {percent(weights.decode)} decode time ({number_of(weights.sequences, 'sequence')} at once), "
+        f"{percent(weights.memory)} KV memory, each as a share of "
         "what dense attention takes, over the profiled lengths. It is attention alone, not the whole model.",
     )
     caption = (

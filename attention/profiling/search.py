@@ -1,60 +1,26 @@
 """Which candidate each head gets: least cost under a bound on the whole model's predicted divergence from dense.
 
 The predicted divergence of a choice is the sum over heads of sensitivity x squared relative error (a Gauss-Newton view:
-near dense, the divergence of next-token distributions is quadratic in what attention gets wrong). Cost and divergence
-both add up over heads, so for a price of divergence each head's best choice can be found alone (Lagrange); the price is
-bisected until the bound is met, and what slack is left is spent greedily. What does not add up, that a selector is
-called once for all heads of a layer that share it, is looked at last. docs/profiling.md has the formulas.
+near dense, the divergence of next-token distributions is quadratic in what attention gets wrong). Divergence adds up
+over heads and cost over layers, so for a price of divergence each layer's best choices can be found alone (Lagrange);
+the price is bisected until the bound is met, and what slack is left is spent greedily. Within a layer cost does not add
+up, since a selector is called once for the neighbouring heads that share it, and attention once for the heads that keep
+the same tokens: from each head's own best choice on, what makes the layer cheaper is changed, a step at a time.
+docs/profiling.md has the formulas.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
-
-from torch import Tensor
+from itertools import groupby, product
 
 from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.candidates import Candidate
 from gossamer.attention.profiling.cost import CostModel
 from gossamer.attention.profiling.findings import Found
+from gossamer.attention.profiling.options import DENSE, Assignment, Choice, Option, Options, Sensitivity
 
-ROUNDS = 60  # of bisecting the price
-Sensitivity = Mapping[Phase, Tensor]  # [layers, G]: nats per squared relative error
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One head's candidates, by number, and whether it streams: then both are sink-recent with one window."""
-
-    prefill: int
-    decode: int
-    streams: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A choice with what it costs and how far it is predicted to lead from dense, in nats."""
-
-    choice: Choice
-    cost: float
-    divergence: float
-
-
-DENSE = Choice(0, 0, False)  # a ladder begins with dense
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One phase's share of an option. tables: page summaries by name, in bytes per page."""
-
-    number: int
-    cost: float
-    divergence: float
-    tables: tuple[tuple[str, int], ...]
-
-
-Assignment = tuple[tuple[Choice, ...], ...]  # [layer][KV head]
+CLOSE = 1 + 1e-3  # prices that need not be told apart
+Row = tuple[Choice, ...]  # of a layer, per KV head
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +30,15 @@ class Plan:
     heads: Assignment
     cost: float  # as a share of dense
     divergence: float  # predicted, in nats
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A layer's choices, and what they come to."""
+
+    row: Row
+    cost: float
+    divergence: float
 
 
 class Search:
@@ -78,99 +53,54 @@ class Search:
         tables: Mapping[Phase, Sequence[Mapping[str, int]]],
         free: Sequence[int],
     ) -> None:
-        """found: by phase and length. tables: for each candidate the page summaries that it needs, by name, in bytes
-        per page and head. free: the layers whose heads have a choice."""
-        self._candidates = candidates
-        self._found, self._sensitivity, self._costs = found, sensitivity, costs
-        self._tables = {phase: [tuple(each.items()) for each in own] for phase, own in tables.items()}
-        self._known: dict[tuple[Phase, int, int], list[_Part]] = {}
+        """As `Options`. free: the layers whose heads have a choice."""
+        self._found, self._costs = found, costs
+        self._own = Options(candidates, found, sensitivity, costs, tables)
+        self._known: dict[tuple[int, float], _Judged] = {}  # what was settled, by layer and price
+        self._costs_of_calls: dict[tuple[Phase, tuple[tuple[str, ...], ...]], float] = {}
         layers, kv_heads = found["prefill"][costs.lengths[0]].error.shape[1:]
         self._options = [
             [
-                self._frontier(layer, head) if layer in free else [self._option(DENSE, layer, head)]
+                self._own.frontier(layer, head) if layer in free else [self._own.option(DENSE, layer, head)]
                 for head in range(kv_heads)
             ]
             for layer in range(layers)
         ]
+        self._used = [
+            {phase: dict.fromkeys(each.choice.of(phase) for own in heads for each in own) for phase in PHASES}
+            for heads in self._options
+        ]
+        self._cheapest = [self._settled(layer, 0.0) for layer in range(layers)]
 
     @property
     def most(self) -> float:
         """The predicted divergence of the cheapest plan."""
-        return sum(options[-1].divergence for layer in self._options for options in layer)
+        return sum(layer.divergence for layer in self._cheapest)
 
     def plan(self, bound: float) -> Plan:
         """The cheapest plan whose predicted divergence is at most `bound` nats, up to the gaps between candidates."""
         if self.most <= bound:
-            return self._settled([[options[-1].choice for options in layer] for layer in self._options], bound)
+            return _plan(self._cheapest)
         low, high = 0.0, 1e12  # a price of 0 takes the cheapest
-        for _ in range(ROUNDS):
+        best = [self._judge(layer, (DENSE,) * len(heads)) for layer, heads in enumerate(self._options)]
+        while high > CLOSE * low:
             price = (low * high) ** 0.5 if low else high * 1e-3
-            if self._plan(self._at(price)).divergence <= bound:
-                high = price
+            settled = [self._settled(layer, price) for layer in range(len(self._options))]
+            if sum(layer.divergence for layer in settled) <= bound:
+                high, best = price, settled
             else:
                 low = price
-            if low and high / low < 1 + 1e-9:
-                break
-        spent = self._plan(self._spend(self._at(high), bound))
-        return self._settled([list(row) for row in spent.heads], bound)
-
-    def uniform(self, prefill: int, decode: int) -> Plan:
-        """The same candidates for every head that has a choice."""
-        one = Choice(prefill, decode, False)
-        heads = tuple(
-            tuple(one if len(options) > 1 else options[0].choice for options in layer) for layer in self._options
-        )
-        return self.judged(heads)
+        return _plan(self._spent(best, bound))
 
     def judged(self, heads: Assignment) -> Plan:
         """An assignment with its cost and predicted divergence."""
-        options = [
-            self._option(choice, layer, head) for layer, row in enumerate(heads) for head, choice in enumerate(row)
-        ]
-        cost = sum(each.cost for each in options) + sum(self._calls(row) for row in heads)
-        return Plan(heads, cost, sum(each.divergence for each in options))
-
-    def _calls(self, row: Sequence[Choice]) -> float:
-        """What the selectors of a layer cost beyond what its heads pay for them."""
-        total = 0.0
-        for phase in PHASES:
-            for number, sharing in Counter(getattr(choice, phase) for choice in row).items():
-                kind = self._candidates[phase][number].kind
-                total += self._costs.of_call(phase, kind, sharing, len(row))
-        return total
-
-    def _settled(self, heads: list[list[Choice]], bound: float) -> Plan:
-        """Let heads of a layer share a selector, as long as that makes the whole cheaper and keeps the bound."""
-        left = bound - self.judged(tuple(map(tuple, heads))).divergence
-        for layer, row in enumerate(heads):
-            while (better := self._shared(layer, row, left)) is not None:
-                more, row[:] = better
-                left -= more
-        return self.judged(tuple(map(tuple, heads)))
-
-    def _shared(self, layer: int, row: list[Choice], left: float) -> tuple[float, list[Choice]] | None:
-        """The layer's choices with one of its selectors given up for another that it has, where that is cheaper: how
-        much divergence that adds, and the choices."""
-        now = self._judged_layer(layer, row)
-        best: tuple[float, float, list[Choice]] | None = None
-        for phase in PHASES:
-            own = list(dict.fromkeys(getattr(choice, phase) for choice in row))
-            for given_up, taken in permutations(own, 2):
-                moved = [_moved(choice, phase, given_up, taken) for choice in row]
-                cost, divergence = self._judged_layer(layer, moved)
-                if cost < now[0] - 1e-12 and divergence - now[1] <= left and (best is None or cost < best[0]):
-                    best = cost, divergence - now[1], moved
-        return None if best is None else best[1:]
-
-    def _judged_layer(self, layer: int, row: Sequence[Choice]) -> tuple[float, float]:
-        options = [self._option(choice, layer, head) for head, choice in enumerate(row)]
-        return sum(o.cost for o in options) + self._calls(row), sum(o.divergence for o in options)
+        return _plan([self._judge(layer, row) for layer, row in enumerate(heads)])
 
     def density(self, plan: Plan, phase: Phase, length: int) -> float:
         """Measured in calibration, mean over heads."""
         table = self._found[phase][length].density
         own = [
-            float(table[getattr(choice, phase), layer, head])
+            float(table[choice.of(phase), layer, head])
             for layer, row in enumerate(plan.heads)
             for head, choice in enumerate(row)
         ]
@@ -178,113 +108,103 @@ class Search:
 
     def memory(self, plan: Plan, length: int) -> float:
         """Of keys, values and page summaries, as a share of dense, mean over heads."""
-        shares = []
-        for row in plan.heads:
-            for choice in row:
-                tables = dict([*self._tables["prefill"][choice.prefill], *self._tables["decode"][choice.decode]])
-                window = self._candidates["prefill"][choice.prefill].window if choice.streams else None
-                shares.append(self._costs.memory_share(sum(tables.values()), window, length))
+        shares = [
+            self._costs.memory_share(self._own.summary_bytes(choice), self._own.window(choice), length)
+            for row in plan.heads
+            for choice in row
+        ]
         return sum(shares) / len(shares)
 
-    def _at(self, price: float) -> list[list[int]]:
-        return [
-            [
-                min(range(len(options)), key=lambda n: (options[n].cost + price * options[n].divergence, n))
-                for options in layer
-            ]
-            for layer in self._options
-        ]
+    def _judge(self, layer: int, row: Row) -> _Judged:
+        options = [self._own.option(choice, layer, head) for head, choice in enumerate(row)]
+        cost = sum(each.cost for each in options) + sum(self._calls(row, phase) for phase in PHASES)
+        return _Judged(row, cost, sum(each.divergence for each in options))
 
-    def _spend(self, chosen: list[list[int]], bound: float) -> list[list[int]]:
-        """Make single heads cheaper while the bound allows, the best bargain first."""
-        left = bound - self._plan(chosen).divergence
-        while True:
-            best: tuple[float, int, int, int] | None = None
-            for layer, row in enumerate(chosen):
-                for head, now in enumerate(row):
-                    options = self._options[layer][head]
-                    for n in range(now + 1, len(options)):
-                        more = options[n].divergence - options[now].divergence
-                        gain = options[now].cost - options[n].cost
-                        if more <= left and gain > 0 and (best is None or gain > best[0]):
-                            best = gain, layer, head, n
-            if best is None:
-                return chosen
-            _, layer, head, n = best
-            options = self._options[layer][head]
-            left -= options[n].divergence - options[chosen[layer][head]].divergence
-            chosen[layer][head] = n
-
-    def _plan(self, chosen: Sequence[Sequence[int]]) -> Plan:
-        own = [
-            [options[n] for options, n in zip(*pair, strict=True)] for pair in zip(self._options, chosen, strict=True)
-        ]
-        flat = [option for row in own for option in row]
-        heads = tuple(tuple(option.choice for option in row) for row in own)
-        return Plan(heads, sum(o.cost for o in flat), sum(o.divergence for o in flat))
-
-    def _frontier(self, layer: int, head: int) -> list[Option]:
-        """What no other option beats in both, from dense on: falling cost, rising divergence."""
-        parts = {phase: self._parts(phase, layer, head) for phase in PHASES}
-        choices = [Choice(p, d, False) for p in _unbeaten(parts["prefill"]) for d in _unbeaten(parts["decode"])]
-        # of two that are alike the first is kept: streaming gives memory back for nothing
-        options = [self._join(choice, parts) for choice in [*self._streaming, *choices]]
-        options.sort(key=lambda option: (option.divergence, option.cost))
-        kept: list[Option] = [self._join(DENSE, parts)]
-        for option in options:
-            if option.cost < kept[-1].cost:
-                kept.append(option)
-        return kept
-
-    @property
-    def _streaming(self) -> list[Choice]:
-        windows = {c.window: n for n, c in enumerate(self._candidates["decode"]) if c.window is not None}
-        return [
-            Choice(n, windows[c.window], True)
-            for n, c in enumerate(self._candidates["prefill"])
-            if c.window is not None and c.window in windows
-        ]
-
-    def _option(self, choice: Choice, layer: int, head: int) -> Option:
-        return self._join(choice, {phase: self._parts(phase, layer, head) for phase in PHASES})
-
-    def _parts(self, phase: Phase, layer: int, head: int) -> list[_Part]:
-        """Per candidate."""
-        if (phase, layer, head) in self._known:
-            return self._known[phase, layer, head]
-        own, weight = self._found[phase], float(self._sensitivity[phase][layer, head])
-        parts = []
-        for number, candidate in enumerate(self._candidates[phase]):
-            reads = {length: own[length].reads(number, layer, head) for length in self._costs.lengths}
-            worst = max(float(own[length].error[number, layer, head]) for length in self._costs.lengths)
-            cost = self._costs.of_phase(phase, candidate.kind, reads)
-            parts.append(_Part(number, cost, weight * worst, self._tables[phase][number]))
-        return self._known.setdefault((phase, layer, head), parts)
-
-    def _join(self, choice: Choice, parts: Mapping[Phase, Sequence[_Part]]) -> Option:
-        prefill, decode = parts["prefill"][choice.prefill], parts["decode"][choice.decode]
-        window = self._candidates["prefill"][choice.prefill].window if choice.streams else None
-        memory = self._costs.of_memory(sum(dict([*prefill.tables, *decode.tables]).values()), window)
-        return Option(choice, prefill.cost + decode.cost + memory, prefill.divergence + decode.divergence)
-
-
-def _moved(choice: Choice, phase: Phase, given_up: int, taken: int) -> Choice:
-    """A streaming head keeps what it has: both of its selectors belong to its window."""
-    if choice.streams or getattr(choice, phase) != given_up:
-        return choice
-    return Choice(taken, choice.decode, False) if phase == "prefill" else Choice(choice.prefill, taken, False)
-
-
-def _unbeaten(parts: Sequence[_Part]) -> list[int]:
-    """The candidates that no other beats in cost, divergence and memory alike."""
-
-    def beaten(one: _Part) -> bool:
-        return any(
-            other.cost <= one.cost
-            and other.divergence <= one.divergence
-            and set(other.tables) <= set(one.tables)
-            and (other.cost < one.cost or other.divergence < one.divergence)
-            for other in parts
+    def _calls(self, row: Row, phase: Phase) -> float:
+        groups: dict[tuple[int, int] | None, list[Choice]] = {}
+        for choice in row:
+            groups.setdefault(self._own.window(choice), []).append(choice)
+        kinds = tuple(
+            tuple(self._own.kind(next(run), phase) for _, run in groupby(own, key=lambda choice: choice.of(phase)))
+            for own in groups.values()
         )
+        if (phase, kinds) not in self._costs_of_calls:
+            self._costs_of_calls[phase, kinds] = self._costs.of_calls(phase, kinds)
+        return self._costs_of_calls[phase, kinds]
 
-    return [one.number for one in parts if not beaten(one)]
+    def _settled(self, layer: int, price: float) -> _Judged:
+        """A layer's choices at a price of divergence: each head's own best, then whatever change helps most."""
+        if (layer, price) not in self._known:
+            self._known[layer, price] = self._settle(layer, price)
+        return self._known[layer, price]
+
+    def _settle(self, layer: int, price: float) -> _Judged:
+        def worth(judged: _Judged) -> float:
+            return judged.cost + price * judged.divergence
+
+        def alone(option: Option) -> float:
+            return option.cost + price * option.divergence
+
+        options = self._options[layer]
+        best = self._judge(layer, tuple(min(own, key=alone).choice for own in options))
+        if all(len(own) == 1 for own in options):
+            return best
+        while True:
+            found = min((self._judge(layer, row) for row in self._changes(layer, best.row)), key=worth)
+            if worth(found) >= worth(best) - 1e-12:
+                return best
+            best = found
+
+    def _changes(self, layer: int, row: Row) -> Iterator[Row]:
+        """Another choice for one head; one candidate for all heads, or for those that have another one in common; one
+        window for those that stream with another, for all, or for none."""
+        for head, options in enumerate(self._options[layer]):
+            for option in options:
+                yield (*row[:head], option.choice, *row[head + 1 :])
+        yield (DENSE,) * len(row)
+        for phase in PHASES:
+            used = dict.fromkeys(choice.of(phase) for choice in row)
+            for old, new in product(used, dict.fromkeys((*used, DENSE.of(phase)))):
+                yield tuple(c.moved(phase, new) if c.of(phase) == old and not c.streams else c for c in row)
+            for new in self._used[layer][phase]:
+                yield tuple(c if c.streams else c.moved(phase, new) for c in row)
+        streaming = dict.fromkeys(choice for choice in row if choice.streams)
+        for old_window, new_window in product(streaming, self._own.streaming):
+            yield tuple(new_window if c == old_window else c for c in row)
+        for window in streaming:
+            yield (window,) * len(row)
+        if streaming:
+            yield tuple(Choice(c.prefill, c.decode, False) for c in row)
+
+    def _spent(self, chosen: Sequence[_Judged], bound: float) -> list[_Judged]:
+        """Change single layers while the bound allows it, what saves most first."""
+        now = list(chosen)
+        left = bound - sum(layer.divergence for layer in now)
+        better: dict[int, list[_Judged]] = {}  # by layer, what is cheaper
+        while True:
+            for layer, own in enumerate(now):
+                if layer not in better:
+                    rows = self._changes(layer, own.row) if len(self._options[layer][0]) > 1 else ()
+                    changed = [self._judge(layer, row) for row in rows]
+                    better[layer] = [each for each in changed if each.cost < own.cost - 1e-12]
+            gains = [
+                (now[layer].cost - each.cost, -layer, each)
+                for layer, own in better.items()
+                for each in own
+                if each.divergence - now[layer].divergence <= left
+            ]
+            if not gains:
+                return now
+            _, negative, each = max(gains, key=lambda gain: gain[:2])
+            layer = -negative
+            left -= each.divergence - now[layer].divergence
+            now[layer] = each
+            del better[layer]
+
+
+def _plan(layers: Sequence[_Judged]) -> Plan:
+    return Plan(
+        tuple(layer.row for layer in layers),
+        sum(layer.cost for layer in layers),
+        sum(layer.divergence for layer in layers),
+    )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.findings import Found
-from gossamer.attention.profiling.search import DENSE, Assignment, Choice
+from gossamer.attention.profiling.options import DENSE, Assignment, Choice
 
 LEAST_ERROR = 1e-6  # squared and relative: below this a head's output did not change
 FLOOR = 0.1  # of the mean: no head is taken to matter less, as one that is of no use alone may be in need with others

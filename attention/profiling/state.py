@@ -41,6 +41,11 @@ class State:
         self._write(path, lambda part: part.write_bytes(adapter.dump_json(made)))
         return made
 
+    def keep(self, name: str, kind: Any, value: T) -> None:
+        """Let the value of this name be another one from now on."""
+        adapter: TypeAdapter[T] = TypeAdapter(kind)
+        self._write(self._folder / f"{name}.json", lambda part: part.write_bytes(adapter.dump_json(value)))
+
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The same for tensors."""
         path = self._folder / f"{name}.safetensors"

@@ -4,19 +4,23 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 
 from gossamer.attention.profiling.profile import Spent
+from gossamer.attention.profiling.state import State
+
+NAME, KIND = "spent", tuple[Spent, ...]  # in the state
 
 
-@dataclass(slots=True)
 class Stopwatch:
-    """Adds up by stage, in the order in which they began."""
+    """Adds up by stage, in the order in which they began, and goes on from where an earlier run with the same state
+    came to."""
 
-    _seconds: dict[str, float] = field(default_factory=dict)
-    _memory: dict[str, int] = field(default_factory=dict)
+    def __init__(self, state: State) -> None:
+        self._state = state
+        known: tuple[Spent, ...] = state.value(NAME, KIND, tuple)
+        self._spent = {each.stage: each for each in known}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -24,12 +28,14 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - began
-            self._memory[name] = _most_memory()
+            known = self._spent.get(name, Spent(name, 0.0, 0))
+            seconds = known.seconds + time.monotonic() - began
+            self._spent[name] = Spent(name, seconds, max(known.memory, _most_memory()))
+            self._state.keep(NAME, KIND, self.spent)
 
     @property
     def spent(self) -> tuple[Spent, ...]:
-        return tuple(Spent(name, seconds, self._memory[name]) for name, seconds in self._seconds.items())
+        return tuple(self._spent.values())
 
 
 def _most_memory() -> int:

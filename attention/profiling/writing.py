@@ -9,7 +9,7 @@ from typing import Any
 from gossamer.attention.policy_file import ModelEntry, PolicyFile, Provenance
 from gossamer.attention.policy_view import Phase
 from gossamer.attention.profiling.candidates import Candidate
-from gossamer.attention.profiling.search import Assignment, Choice
+from gossamer.attention.profiling.options import Assignment, Choice
 
 Entry = Mapping[str, Any]  # a HeadEntry, as the file has it
 

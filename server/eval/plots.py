@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PANEL = 3.2  # inches
 ACROSS = 4  # panels
 COLOURS = ("#4d4d4d", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#7b3fa0", "#56b4e9", "#d55e00")  # dense is grey
+MARKS = (("o", "-"), ("s", "--"), ("^", ":"))  # and lines, for as many points as there are colours
 
 
 def draw(found: Found, folder: Path) -> list[Path]:
@@ -62,10 +63,7 @@ def _by_length(made: Sequence[Cell], points: Sequence[str], what: str, factor: f
             values = [factor * cell.value for cell in own.values()]
             below = [factor * max(0.0, cell.value - cell.interval[0]) for cell in own.values()]
             above = [factor * max(0.0, cell.interval[1] - cell.value) for cell in own.values()]
-            colour = COLOURS[number % len(COLOURS)]
-            panel.errorbar(
-                places, values, yerr=[below, above], label=point, color=colour, marker="o", markersize=3, capsize=2
-            )
+            panel.errorbar(places, values, yerr=[below, above], label=point, capsize=2, **_style(number))
         _length_axis(panel, lengths)
         panel.set_title(task, size=9, parse_math=False)
         panel.set_ylabel(what, size=8)
@@ -110,13 +108,19 @@ def _density(made: Sequence[Cell], points: Sequence[str]) -> "Figure":
                 if known := [value for value in own if value is not None]:
                     places.append(place)
                     values.append(100 * sum(known) / len(known))
-            panel.plot(places, values, label=point, color=COLOURS[number % len(COLOURS)], marker="o", markersize=3)
+            panel.plot(places, values, label=point, **_style(number))
         _length_axis(panel, lengths)
         panel.set_ylim(0, 104)
         panel.set_title(phase, size=9)
         panel.set_ylabel("keys read, per cent", size=8)
     _legend(figure, axes[0], len(points))
     return figure
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Of the operating point of this number."""
+    marker, line = MARKS[number // len(COLOURS) % len(MARKS)]
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "linestyle": line, "markersize": 3}
 
 
 def _length_axis(panel: "Axes", lengths: Sequence[int]) -> None:

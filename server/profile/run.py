@@ -11,7 +11,7 @@ import torch
 from gossamer import __version__
 from gossamer.attention.policy_file import ModelEntry
 from gossamer.attention.policy_yaml import to_yaml
-from gossamer.attention.profiling.cost import load_device_profile, save_device_profile
+from gossamer.attention.profiling.device_times import load_device_profile, save_device_profile
 from gossamer.attention.profiling.gate_training import rotary_of
 from gossamer.attention.profiling.profile import Profile, Settings
 from gossamer.attention.profiling.profiler import Profiler
