@@ -2,9 +2,9 @@
 
     python benchmarks/evaluation_table.py benchmarks/results/demo_evaluation.json --pictures docs/pictures
 
-Several files may be joined where they ask the same questions under dense attention and get the same answers. The
-table, in Markdown, goes to stdout: mean score over the tasks at each length, points lost to dense over all questions of
-a length with the 95 % interval, the worst task, and the share of the keys that was read.
+Several files may be joined, of other points or other documents, as long as every point was asked all questions in the
+end. The table, in Markdown, goes to stdout: mean score over the tasks at each length, points lost to dense over all
+questions of a length with the 95 % interval, the worst task, and the share of the keys that was read.
 """
 
 import argparse
@@ -35,18 +35,20 @@ def outcomes(file: dict[str, Any]) -> list[Outcome]:
 
 def joined(files: Sequence[dict[str, Any]]) -> Found:
     """One evaluation of all points."""
-    points: dict[str, None] = {}
-    everything: list[Outcome] = []
-    dense: dict[tuple[str, int], str] = {}
+    points = dict.fromkeys(point for file in files for point in file["points"])
+    known: dict[tuple[str, str, int], Outcome] = {}
     for file in files:
         for outcome in outcomes(file):
-            place = (outcome.question.document, outcome.question.number)
-            if outcome.point == DENSE and dense.setdefault(place, outcome.answer.text) != outcome.answer.text:
-                raise SystemExit(f"The files disagree in what dense attention answers to {place}; join no such files.")
-            if outcome.point not in points:
-                everything.append(outcome)
-        points |= dict.fromkeys(file["points"])
-    return Found(tuple(points), DENSE, files[0]["text"], outcomes=everything)
+            place = (outcome.point, outcome.question.document, outcome.question.number)
+            if known.setdefault(place, outcome).answer.text != outcome.answer.text:
+                raise SystemExit(f"The files disagree in what {place} answers; join no such files.")
+    if any((point, *place) not in known for _, *place in known for point in points):
+        raise SystemExit("The files do not ask every point the same questions; leave one out.")
+    return Found(tuple(points), DENSE, files[0]["text"], outcomes=list(known.values()))
+
+
+def points_of(share: float) -> int:
+    return round(100 * share)
 
 
 def row(found: Found, point: str, lengths: Sequence[int], cells: Sequence[Cell]) -> list[str]:
@@ -61,13 +63,13 @@ def row(found: Found, point: str, lengths: Sequence[int], cells: Sequence[Cell])
                 for name in (DENSE, point)
             )
             difference, (low, high) = paired(base, sparse)
-            columns[-1] += f" ({-100 * difference:.0f}; {-100 * high:.0f} to {-100 * low:.0f})"
+            columns[-1] += f" ({points_of(-difference)}; {points_of(-high)} to {points_of(-low)})"
     worst = min(own, key=lambda cell: cell.value if cell.difference is None else cell.difference)
     if worst.difference is None or worst.difference_interval is None:
         columns.append(f"{worst.task} at {worst.length // 1024}K: {100 * worst.value:.0f}")
     else:
         low, high = worst.difference_interval
-        lost = f"{-100 * worst.difference:.0f} ({-100 * high:.0f} to {-100 * low:.0f})"
+        lost = f"{points_of(-worst.difference)} ({points_of(-high)} to {points_of(-low)})"
         columns.append(f"{worst.task} at {worst.length // 1024}K: {lost} lost")
     longest = [cell for cell in own if cell.length == max(lengths)]
     for phase in ("prefill", "decode"):

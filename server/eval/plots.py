@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
 PANEL = 3.2  # inches
 ACROSS = 4  # panels
-COLOURS = ("#4d4d4d", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#7b3fa0", "#56b4e9", "#d55e00")  # dense is grey
+GREY = "#4d4d4d"  # dense
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#7b3fa0", "#56b4e9", "#d55e00")
 MARKS = (("o", "-"), ("s", "--"), ("^", ":"))  # and lines, for as many points as there are colours
+MANY = 5  # points whose intervals can be told apart
+LETTER = 0.075  # inches, of a legend
 
 
 def draw(found: Found, folder: Path) -> list[Path]:
@@ -63,13 +66,15 @@ def _by_length(made: Sequence[Cell], points: Sequence[str], what: str, factor: f
             values = [factor * cell.value for cell in own.values()]
             below = [factor * max(0.0, cell.value - cell.interval[0]) for cell in own.values()]
             above = [factor * max(0.0, cell.interval[1] - cell.value) for cell in own.values()]
-            panel.errorbar(places, values, yerr=[below, above], label=point, capsize=2, **_style(number))
+            style = _style(number)
+            bars: dict[str, Any] = {"capsize": 2} if len(points) <= MANY else {"elinewidth": 0.5}
+            panel.errorbar(places, values, yerr=[below, above], label=point, **bars, **style)
         _length_axis(panel, lengths)
         panel.set_title(task, size=9, parse_math=False)
         panel.set_ylabel(what, size=8)
         if factor == 100:
             panel.set_ylim(-4, 104)
-    _legend(figure, axes[0], len(points))
+    _legend(figure, axes[0])
     return figure
 
 
@@ -113,14 +118,16 @@ def _density(made: Sequence[Cell], points: Sequence[str]) -> "Figure":
         panel.set_ylim(0, 104)
         panel.set_title(phase, size=9)
         panel.set_ylabel("keys read, per cent", size=8)
-    _legend(figure, axes[0], len(points))
+    _legend(figure, axes[0])
     return figure
 
 
 def _style(number: int) -> dict[str, Any]:
-    """Of the operating point of this number."""
-    marker, line = MARKS[number // len(COLOURS) % len(MARKS)]
-    return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "linestyle": line, "markersize": 3}
+    """Of the operating point of this number; the first is dense."""
+    turn, place = divmod(number - 1, len(COLOURS))
+    marker, line = MARKS[turn % len(MARKS)] if number else MARKS[0]
+    colour = COLOURS[place] if number else GREY
+    return {"color": colour, "marker": marker, "linestyle": line, "markersize": 3}
 
 
 def _length_axis(panel: "Axes", lengths: Sequence[int]) -> None:
@@ -131,6 +138,9 @@ def _length_axis(panel: "Axes", lengths: Sequence[int]) -> None:
     panel.tick_params(labelsize=7)
 
 
-def _legend(figure: "Figure", panel: "Axes", count: int) -> None:
+def _legend(figure: "Figure", panel: "Axes") -> None:
+    """In as many columns as there is room for."""
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(count, 3), fontsize=8, frameon=False)
+    room = int(figure.get_figwidth() / (LETTER * (max(map(len, labels)) + 6)))
+    columns = max(1, min(len(labels), room))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
