@@ -1,5 +1,6 @@
 """Write a step's new keys and values into their pages."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,21 +25,21 @@ def store(k: Tensor, v: Tensor, kv: PagedKV, blocks: QueryBlocks) -> None:
 
 
 def store_torch(k: Tensor, v: Tensor, kv: PagedKV, blocks: QueryBlocks) -> None:
-    """What store means; also how the CPU runs it: neighbouring tiles become one copy."""
+    """What store means; also how the CPU runs it: neighbouring tiles become one copy. Places are found in numpy, whose
+    small operations take a third of the time of torch's."""
     size = kv.page_size
-    count = blocks.count.long()
-    first = (count.cumsum(0) - count).repeat_interleave(count)
-    within = torch.arange(int(first.numel())) - first
-    token = blocks.token.long().repeat_interleave(count) + within
-    position = blocks.pos.long().repeat_interleave(count) + within
-    seq = blocks.seq.long().repeat_interleave(count)
-    page = kv.table[seq, position // size].long()
-    assert bool((page >= 0).all()), "a new token falls into a page that was released"
-    slot, heads = page * size + position % size, kv.heads.long()
+    count = blocks.count.numpy().astype(np.int64)
+    first = (count.cumsum() - count).repeat(count)
+    within = np.arange(first.size) - first
+    token = torch.from_numpy(blocks.token.numpy().repeat(count) + within)
+    position = blocks.pos.numpy().repeat(count) + within
+    page = kv.table.numpy()[blocks.seq.numpy().repeat(count), position // size].astype(np.int64)
+    assert (page >= 0).all(), "a new token falls into a page that was released"
+    slot, heads = torch.from_numpy(page * size + position % size), kv.heads.long()
     for i, (new, pool) in enumerate(((k, kv.k), (v, kv.v))):
-        taken = new[token[:, None], heads].transpose(0, 1)  # [G, n, D]
+        taken = new.index_select(0, token).index_select(1, heads).transpose(0, 1)  # [G, n, D]
         if kv.scale is None:
-            pool.flatten(1, 2)[:, slot] = taken.to(pool.dtype)
+            pool.flatten(1, 2).index_copy_(1, slot, taken.to(pool.dtype))
         else:
             stored, scale = quantise(taken)
             pool.view(torch.uint8).flatten(1, 2)[:, slot] = stored.view(torch.uint8)
