@@ -186,6 +186,11 @@ def profiling(place: Place, file: Path) -> list[str]:
     return place.script("profile_shape.py", *sizes, "--out", file)
 
 
+def quality(place: Place, file: Path) -> list[str]:
+    tiny = ["--length", 2048, "--estimated", 1024, "--new", 8, "--rounds", 1, "--documents", 1]
+    return place.script("quality_sampling.py", *([] if place.gpu else tiny), "--out", file)
+
+
 STAGES = (
     Stage("each", "every kernel once against its twin", 180, False, plain(each)),
     Stage("tests", "pytest -m gpu", 420, True, tests),
@@ -196,6 +201,7 @@ STAGES = (
     Stage("tuning", "sweeps of the kernels' settings", 480, True, plain(tuning)),
     Stage("serving", "first token and time per token, 8B shape", 540, False, plain(serving)),
     Stage("profile", "gossamer profile, 8B shape", 540, False, plain(profiling)),
+    Stage("quality", "what looking twice costs, demo model", 180, False, plain(quality)),
 )
 
 
