@@ -14,12 +14,14 @@ import torch
 from gossamer.attention.artefacts import Artefacts
 from gossamer.attention.policy_view import PHASES
 from gossamer.attention.profiling.candidates import ladder
-from gossamer.attention.profiling.device import measure_device
+from gossamer.attention.profiling.device import DeviceBench
 from gossamer.attention.profiling.device_times import save_device_profile
 from gossamer.attention.profiling.gates import GateWeights, write_gates
 from gossamer.attention.profiling.labels import write_labels
 from gossamer.attention.profiling.reading import Shape
 from gossamer.kvcache.summaries import Rotary
+from gossamer.server.engine.graphs import CudaRecorder
+from gossamer.server.profile.run import CHUNKS
 
 
 def main() -> None:
@@ -43,7 +45,9 @@ def main() -> None:
         write_gates(Path(folder) / "gates", [dict.fromkeys(PHASES, gate)], rotary, rotary)
         candidates = {phase: ladder(phase, labels="labels", gates="gates") for phase in PHASES}
         artefacts = Artefacts(Path(folder), shape.device)
-        found = measure_device(shape, candidates, artefacts, args.lengths, print)
+        cuda = shape.device.type == "cuda"
+        chunk, record = CHUNKS[shape.device.type], CudaRecorder() if cuda else None
+        found = DeviceBench(shape, artefacts, args.lengths, chunk, print, record).measure(candidates)
     save_device_profile(found, args.out)
 
 

@@ -162,6 +162,7 @@ def _device(candidates: Mapping[Phase, tuple[Candidate, ...]]) -> DeviceProfile:
         dtype="bfloat16",
         ratio=2,
         head_dim=32,
+        chunk=2048,
         about=about,
         prefill=curves["prefill"],
         decode=curves["decode"],

@@ -41,7 +41,7 @@ LENGTHS = (4096, 32768)
 LAYERS, HEADS = 2, 2
 LADDERS: dict[Phase, tuple[Candidate, ...]] = {phase: ladder(phase, labels=None, gates=None) for phase in PHASES}
 LINE = Curve(points=((0.0, 0.0), (100.0, 100.0)))
-TILES = 2048 // 64  # of a chunk of a prompt, which share its calls
+TILES = 32  # of a chunk of a prompt, which share its calls
 
 
 def device(call: float = 0.0, attending: float = 0.0) -> DeviceProfile:
@@ -59,7 +59,14 @@ def device(call: float = 0.0, attending: float = 0.0) -> DeviceProfile:
 
     kinds = {each.kind for own in LADDERS.values() for each in own} - {"dense", "sink-recent"}
     return DeviceProfile(
-        device="none", dtype="float32", ratio=2, head_dim=64, about={}, prefill=times(TILES), decode=times(1)
+        device="none",
+        dtype="float32",
+        ratio=2,
+        head_dim=64,
+        chunk=64 * TILES,
+        about={},
+        prefill=times(TILES),
+        decode=times(1),
     )
 
 

@@ -11,7 +11,6 @@ from gossamer.attention.step import TILE_ROWS
 from gossamer.kernels.layout import PAGE_SIZE
 
 Goal = Literal["latency", "throughput", "memory"]
-CHUNK = 2048  # tokens of a prompt that are computed at once
 SEQUENCES: Mapping[Goal, int] = {"latency": 1, "throughput": 16, "memory": 16}  # that decode together
 
 
@@ -111,7 +110,8 @@ class CostModel:
 
     def _together(self, phase: Phase) -> int:
         """Query blocks that a call is made for."""
-        return CHUNK // max(1, TILE_ROWS // self.device.ratio) if phase == "prefill" else self.weights.sequences
+        tile = max(1, TILE_ROWS // self.device.ratio)
+        return max(1, self.device.chunk // tile) if phase == "prefill" else self.weights.sequences
 
 
 def _seen(phase: Phase, length: int) -> float:

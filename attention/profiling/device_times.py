@@ -61,6 +61,7 @@ class DeviceProfile(Strict):
     dtype: str
     ratio: int
     head_dim: int
+    chunk: int = Field(gt=0)  # tokens of a prompt that are computed at once
     about: dict[str, str]  # versions, threads, date
     prefill: PhaseTimes
     decode: PhaseTimes

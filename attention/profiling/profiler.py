@@ -15,7 +15,7 @@ from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.candidates import Candidate, ladder
 from gossamer.attention.profiling.choosing import Chooser, Trials
 from gossamer.attention.profiling.cost import CostModel, Weights
-from gossamer.attention.profiling.device import measure_device
+from gossamer.attention.profiling.device import DeviceBench, Record
 from gossamer.attention.profiling.device_times import DeviceProfile, Reads
 from gossamer.attention.profiling.fidelity import Fidelity
 from gossamer.attention.profiling.findings import Found
@@ -44,6 +44,7 @@ class Profiler:
     state: State
     progress: Progress
     device: DeviceProfile | None = None
+    record: Record | None = None  # as in DeviceBench
     about: Mapping[str, str] = field(default_factory=dict)
     stopwatch: Stopwatch = field(init=False)
 
@@ -120,7 +121,8 @@ class Profiler:
     def _measure_device(self, candidates: Candidates, artefacts: Artefacts) -> DeviceProfile:
         def measure() -> DeviceProfile:
             lengths = sorted({4096, max(self.settings.lengths)} if max(self.settings.lengths) > 4096 else {2048, 4096})
-            return measure_device(self.subject.shape, candidates, artefacts, lengths, self.progress.say)
+            shape, chunk, say = self.subject.shape, self.subject.chunk, self.progress.say
+            return DeviceBench(shape, artefacts, lengths, chunk, say, self.record).measure(candidates)
 
         return self.state.value("device", DeviceProfile, measure)
 

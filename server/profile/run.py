@@ -23,6 +23,7 @@ from gossamer.attention.profiling.tasks import Filler, Split
 from gossamer.attention.profiling.text import library_lines
 from gossamer.server.config import ServerConfig
 from gossamer.server.engine.families import StartupError
+from gossamer.server.engine.graphs import CudaRecorder
 from gossamer.server.engine.model import load_config, load_model
 from gossamer.server.engine.tokenizer import Tokenizer
 
@@ -81,7 +82,8 @@ def profile(job: Job, progress: Progress) -> Profile:
     state = State(job.out.with_name(f".{job.name}.profile"), f"{stable}\n{found_by}\n{subject.chunk}\n")
     if state.resumed:
         progress.say("Going on where an earlier profile with the same settings stopped")
-    profiler = Profiler(subject, job.settings, job.out.parent, job.name, state, progress, device_profile, about)
+    record = CudaRecorder() if shape.device.type == "cuda" and config.cuda_graphs else None
+    profiler = Profiler(subject, job.settings, job.out.parent, job.name, state, progress, device_profile, record, about)
     found = profiler.run()
     job.out.write_text(to_yaml(found.file), "utf-8")
     write_report(found, job.out)
