@@ -30,7 +30,7 @@ from gossamer.attention.profiling.device_times import (
 )
 from gossamer.attention.profiling.fidelity import Score, Trial, within
 from gossamer.attention.profiling.findings import Found
-from gossamer.attention.profiling.options import DENSE, Assignment, Choice
+from gossamer.attention.profiling.options import DENSE, Assignment, Choice, Options
 from gossamer.attention.profiling.search import Search
 from gossamer.attention.profiling.sensitivity import FLOOR, Place, probed_again, sensitivities
 from gossamer.attention.profiling.writing import policy_file, spelled
@@ -105,7 +105,7 @@ def search(
         phase: [{"mean keys": 256} if "mean" in each.kind else {} for each in own] for phase, own in LADDERS.items()
     }
     model = costs(memory, call, attending)
-    return Search(LADDERS, found(seed), dict.fromkeys(PHASES, weight), model, tables, free)
+    return Search(Options(LADDERS, found(seed), dict.fromkeys(PHASES, weight), model, tables), free)
 
 
 @settings(max_examples=25, deadline=None)

@@ -66,7 +66,8 @@ class Options:
         costs: CostModel,
         tables: Mapping[Phase, Sequence[Mapping[str, int]]],
     ) -> None:
-        self._candidates, self._found, self._sensitivity, self._costs = candidates, found, sensitivity, costs
+        self.found, self.costs = found, costs
+        self._candidates, self._sensitivity = candidates, sensitivity
         self._tables = {phase: [tuple(each.items()) for each in own] for phase, own in tables.items()}
         self._known: dict[tuple[Phase, int, int], list[_Part]] = {}
         self._made: dict[tuple[Choice, int, int], Option] = {}
@@ -116,23 +117,23 @@ class Options:
         """Per candidate."""
         if (phase, layer, head) in self._known:
             return self._known[phase, layer, head]
-        own, weight = self._found[phase], float(self._sensitivity[phase][layer, head])
+        own, weight = self.found[phase], float(self._sensitivity[phase][layer, head])
         parts = []
         for number, candidate in enumerate(self._candidates[phase]):
-            reads = {length: own[length].reads(number, layer, head) for length in self._costs.lengths}
-            worst = max(float(own[length].error[number, layer, head]) for length in self._costs.lengths)
-            cost = self._costs.of_phase(phase, candidate.kind, reads)
-            shared = cost + self._costs.of_calls(phase, [[candidate.kind]]) / self._costs.kv_heads
+            reads = {length: own[length].reads(number, layer, head) for length in self.costs.lengths}
+            worst = max(float(own[length].error[number, layer, head]) for length in self.costs.lengths)
+            cost = self.costs.of_phase(phase, candidate.kind, reads)
+            shared = cost + self.costs.of_calls(phase, [[candidate.kind]]) / self.costs.kv_heads
             parts.append(_Part(number, cost, shared, weight * worst, self._tables[phase][number]))
         return self._known.setdefault((phase, layer, head), parts)
 
     def _join(self, choice: Choice, parts: Mapping[Phase, Sequence[_Part]]) -> Option:
         prefill, decode = parts["prefill"][choice.prefill], parts["decode"][choice.decode]
-        memory = self._costs.of_memory(self.summary_bytes(choice), self.window(choice))
+        memory = self.costs.of_memory(self.summary_bytes(choice), self.window(choice))
         return Option(choice, prefill.cost + decode.cost + memory, prefill.divergence + decode.divergence)
 
     def _shared(self, choice: Choice, parts: Mapping[Phase, Sequence[_Part]]) -> float:
-        memory = self._costs.of_memory(self.summary_bytes(choice), self.window(choice))
+        memory = self.costs.of_memory(self.summary_bytes(choice), self.window(choice))
         return parts["prefill"][choice.prefill].shared + parts["decode"][choice.decode].shared + memory
 
 

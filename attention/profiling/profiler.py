@@ -21,6 +21,7 @@ from gossamer.attention.profiling.fidelity import Fidelity
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.gate_training import gates_against_pooled_keys, train_gates
 from gossamer.attention.profiling.learning import calibrate, rank_channels, train_alphas
+from gossamer.attention.profiling.options import Options
 from gossamer.attention.profiling.profile import Point, Profile, Settings
 from gossamer.attention.profiling.search import Search
 from gossamer.attention.profiling.sensitivity import probed_again, sensitivities
@@ -77,7 +78,8 @@ class Profiler:
         )
         with stopwatch.stage("sensitivity of heads"):
             sensitivity = self._probe(candidates, found, trials)
-        search = Search(candidates, found, sensitivity, costs, self._tables(candidates, artefacts), subject.shape.free)
+        options = Options(candidates, found, sensitivity, costs, self._tables(candidates, artefacts))
+        search = Search(options, subject.shape.free)
         chooser = Chooser(search, trials, costs, found)
         with stopwatch.stage("search"):
             plans = {bound.name: (bound, chooser.find(bound)) for bound in self.settings.bounds}

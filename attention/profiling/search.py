@@ -9,15 +9,12 @@ the same tokens: from each head's own best choice on, what makes the layer cheap
 docs/profiling.md has the formulas.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 
 from gossamer.attention.policy_view import PHASES, Phase
-from gossamer.attention.profiling.candidates import Candidate
-from gossamer.attention.profiling.cost import CostModel
-from gossamer.attention.profiling.findings import Found
-from gossamer.attention.profiling.options import DENSE, Assignment, Choice, Option, Options, Sensitivity
+from gossamer.attention.profiling.options import DENSE, Assignment, Choice, Option, Options
 
 CLOSE = 1 + 1e-3  # prices that need not be told apart
 Row = tuple[Choice, ...]  # of a layer, per KV head
@@ -44,24 +41,15 @@ class _Judged:
 class Search:
     """All that can be chosen from, with costs and predicted divergences; `plan` chooses."""
 
-    def __init__(
-        self,
-        candidates: Mapping[Phase, Sequence[Candidate]],
-        found: Mapping[Phase, Mapping[int, Found]],
-        sensitivity: Sensitivity,
-        costs: CostModel,
-        tables: Mapping[Phase, Sequence[Mapping[str, int]]],
-        free: Sequence[int],
-    ) -> None:
-        """As `Options`. free: the layers whose heads have a choice."""
-        self._found, self._costs = found, costs
-        self._own = Options(candidates, found, sensitivity, costs, tables)
+    def __init__(self, options: Options, free: Sequence[int]) -> None:
+        """free: the layers whose heads have a choice."""
+        self._own, self._found, self._costs = options, options.found, options.costs
         self._known: dict[tuple[int, float], _Judged] = {}  # what was settled, by layer and price
         self._costs_of_calls: dict[tuple[Phase, tuple[tuple[str, ...], ...]], float] = {}
-        layers, kv_heads = found["prefill"][costs.lengths[0]].error.shape[1:]
+        layers, kv_heads = self._found["prefill"][self._costs.lengths[0]].error.shape[1:]
         self._options = [
             [
-                self._own.frontier(layer, head) if layer in free else [self._own.option(DENSE, layer, head)]
+                options.frontier(layer, head) if layer in free else [options.option(DENSE, layer, head)]
                 for head in range(kv_heads)
             ]
             for layer in range(layers)
