@@ -28,7 +28,7 @@ class ChangedHeads:
 class PolicyDifference:
     """What one policy says and another does not. Names, notes and provenance are no difference: they answer nothing."""
 
-    general: tuple[Change, ...]  # the model that they are for, the default operating point
+    general: tuple[Change, ...]  # the model that they are for, the default operating point, what is safer than each
     points: dict[str, tuple[ChangedHeads, ...]]  # those that both have and that differ
     only_before: tuple[str, ...]  # operating points
     only_after: tuple[str, ...]
@@ -59,6 +59,9 @@ def _general(before: LoadedPolicy, after: LoadedPolicy) -> list[Change]:
         for name in ("model_type", "layers", "kv_heads", "query_heads", "head_dim")
     ]
     pairs.append(("default operating point", before.policy.names[0], after.policy.names[0]))
+    shared = [name for name in before.policy.names if name in after.policy.names]
+    points = ((name, before.policy.point(name), after.policy.point(name)) for name in shared)
+    pairs += [(f"safer than {name}", left.safer, right.safer) for name, left, right in points]
     said = [(name, *("not given" if each is None else str(each) for each in pair)) for name, *pair in pairs]
     return [Change(name, left, right) for name, left, right in said if left != right]
 

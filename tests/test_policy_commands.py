@@ -426,6 +426,14 @@ def test_diff_of_policies_for_other_models_and_of_the_default(policy: Path, tmp_
     ]
 
 
+def test_diff_names_what_is_safer(policy: Path) -> None:
+    other = policy.with_name("safer.yaml")
+    other.write_text(POLICY.replace("  mixed:\n", "  mixed:\n    safer: exact\n"))
+    result = run("diff", policy, other)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[1:] == ["safer than mixed: not given -> exact"]
+
+
 @pytest.mark.parametrize(
     ("numbers", "text"),
     [([0, 1, 2, 3], "all"), ([0], "0"), ([1, 2, 3], "1-3"), ([0, 2], "0, 2"), ([0, 1, 3], "0-1, 3"), ([3], "3")],
