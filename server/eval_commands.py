@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gossamer.server.config import ConfigError, ServerConfig, make_config
-from gossamer.server.exits import fail, whole_number
+from gossamer.server.exits import fail, interruptible, whole_number
 from gossamer.server.model_flags import Device, DType, Revision, Threads
 
 if TYPE_CHECKING:
@@ -192,7 +192,8 @@ def _run(job: "Job", json_file: Path | None, plots: Path | None) -> None:
     shown = Shown(Console(highlight=False, soft_wrap=True, stderr=True))
     try:
         try:
-            found = run(job, shown)
+            with interruptible():
+                found = run(job, shown)
         finally:
             shown.end()
     except (StartupError, EvalError) as error:

@@ -1,6 +1,9 @@
 """How a command ends when it cannot do what was asked."""
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
@@ -12,6 +15,16 @@ def fail(message: str, *, code: int) -> NoReturn:
     """One sentence on standard error, and out. 2: the command line is wrong; 1: what it names is."""
     print(f"gossamer: {message}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM, which job schedulers and containers send, stop a long command as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def whole_number(flag: str, text: str, least: int, most: int, *, tokens: bool = False) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gossamer.server.config import ConfigError, make_config
-from gossamer.server.exits import fail, whole_number
+from gossamer.server.exits import fail, interruptible, whole_number
 from gossamer.server.model_flags import Device, DType, Revision, Threads
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def _run(job: "Job") -> None:
     console = Console(highlight=False, soft_wrap=True)
     shown = Shown(console)
     try:
-        found = run(job, shown)
+        with interruptible():
+            found = run(job, shown)
     except (StartupError, DeviceProfileError) as error:
         fail(str(error), code=1)
     except ValueError as error:

@@ -1,6 +1,8 @@
 """`gossamer eval` in process: the table, the file, the pictures, and every wrong input."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -58,14 +60,17 @@ def test_own_prompts_at_every_point_with_pictures(prompts: Path, tmp_path: Path)
     assert all(each.read_bytes().startswith(b"\x89PNG") for each in pictures.iterdir())
 
 
-def test_an_interrupt_keeps_what_was_answered(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_what_was_answered(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
+) -> None:
     class Stopping(local.Local):
         asked = 0
 
         def ask(self, point, questions):  # type: ignore[no-untyped-def]
             Stopping.asked += 1
             if Stopping.asked == 4:  # the second document at the second point
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), sent)
             return super().ask(point, questions)
 
     monkeypatch.setattr(eval_run, "Local", Stopping)

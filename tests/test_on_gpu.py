@@ -153,7 +153,7 @@ def test_what_the_tests_said_is_kept(on_gpu: ModuleType, tmp_path: Path, monkeyp
 def test_the_stages_are_listed_and_named(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "on_gpu.py")]
     listed = subprocess.run([*command, "--list"], capture_output=True, text=True, timeout=60, check=False)
-    assert listed.returncode == 0 and len(listed.stdout.splitlines()) == 9
+    assert listed.returncode == 0 and len(listed.stdout.splitlines()) == 10
     wrong = subprocess.run([*command, "all"], capture_output=True, text=True, timeout=60, check=False)
     assert wrong.returncode == 2 and "there is no stage all" in wrong.stderr
 

@@ -1,6 +1,8 @@
 """`gossamer profile`: from a model to a policy that the server runs."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,19 @@ def test_it_goes_on_where_it_was(profiled: Path, folder: Path, monkeypatch: pyte
     again = run(COMMAND, *QUICK, "--device-profile", beside, "--memory-weight", "1", "-o", profiled)
     assert again.exit_code == 0, again.output
     assert "keep:" in profiled.read_text("utf-8")
+
+
+def test_it_stops_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stopped(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr("gossamer.server.profile.run.profile", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    result = run(COMMAND, *QUICK, "-o", tmp_path / "p.yaml")
+    assert result.exit_code == 130
+    assert "Stopped; the same command goes on from here." in result.stderr
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_device_profile_for_other_heads_is_refused(profiled: Path, tmp_path: Path) -> None:

@@ -135,13 +135,17 @@ class Search:
 
         options = self._options[layer]
         best = self._judge(layer, tuple(min(own, key=alone).choice for own in options))
-        if all(len(own) == 1 for own in options):
+        if not self._free(layer):
             return best
         while True:
             found = min((self._judge(layer, row) for row in self._changes(layer, best.row)), key=worth)
             if worth(found) >= worth(best) - 1e-12:
                 return best
             best = found
+
+    def _free(self, layer: int) -> bool:
+        """Whether any of its heads has a choice."""
+        return any(len(own) > 1 for own in self._options[layer])
 
     def _changes(self, layer: int, row: Row) -> Iterator[Row]:
         """Another choice for one head; one candidate for all heads, or for those that have another one in common; one
@@ -172,7 +176,7 @@ class Search:
         while True:
             for layer, own in enumerate(now):
                 if layer not in better:
-                    rows = self._changes(layer, own.row) if len(self._options[layer][0]) > 1 else ()
+                    rows = self._changes(layer, own.row) if self._free(layer) else ()
                     changed = [self._judge(layer, row) for row in rows]
                     better[layer] = [each for each in changed if each.cost < own.cost - 1e-12]
             gains = [
