@@ -42,7 +42,7 @@ def difference(before: LoadedPolicy, after: LoadedPolicy) -> PolicyDifference:
     other numbers of layers or KV heads are not compared."""
     theirs = after.policy.names
     both = [name for name in before.policy.names if name in theirs]
-    general = _general(before, after)
+    general = _general(before, after, both)
     alike = not any(change.part in ("layers", "kv_heads") for change in general)
     points = {name: _changed_heads(before, after, name) for name in both} if alike else {}
     return PolicyDifference(
@@ -53,14 +53,13 @@ def difference(before: LoadedPolicy, after: LoadedPolicy) -> PolicyDifference:
     )
 
 
-def _general(before: LoadedPolicy, after: LoadedPolicy) -> list[Change]:
+def _general(before: LoadedPolicy, after: LoadedPolicy, both: Sequence[str]) -> list[Change]:
     pairs = [
         (name, getattr(before.file.model, name), getattr(after.file.model, name))
         for name in ("model_type", "layers", "kv_heads", "query_heads", "head_dim")
     ]
     pairs.append(("default operating point", before.policy.names[0], after.policy.names[0]))
-    shared = [name for name in before.policy.names if name in after.policy.names]
-    points = ((name, before.policy.point(name), after.policy.point(name)) for name in shared)
+    points = ((name, before.policy.point(name), after.policy.point(name)) for name in both)
     pairs += [(f"safer than {name}", left.safer, right.safer) for name, left, right in points]
     said = [(name, *("not given" if each is None else str(each) for each in pair)) for name, *pair in pairs]
     return [Change(name, left, right) for name, left, right in said if left != right]
