@@ -99,13 +99,19 @@ def search(
     free: tuple[int, ...] = (0, 1),
     call: float = 0.0,
     attending: float = 0.0,
+    fixed: Sequence[tuple[int, int]] = (),
 ) -> Search:
+    """fixed: layers and heads for which every candidate reads everything, and choosing comes on top."""
+    measured = found(seed)
+    for table in (own for phase in measured.values() for own in phase.values()):
+        for layer, head in fixed:
+            table.density[:, layer, head] = 1.0
     weight = torch.rand(LAYERS, HEADS, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     tables: dict[Phase, list[dict[str, int]]] = {
         phase: [{"mean keys": 256} if "mean" in each.kind else {} for each in own] for phase, own in LADDERS.items()
     }
     model = costs(memory, call, attending)
-    return Search(Options(LADDERS, found(seed), dict.fromkeys(PHASES, weight), model, tables), free)
+    return Search(Options(LADDERS, measured, dict.fromkeys(PHASES, weight), model, tables), free)
 
 
 @settings(max_examples=25, deadline=None)
@@ -220,6 +226,25 @@ def test_layers_without_a_choice_stay_dense() -> None:
     plan = search(3, free=(1,)).plan(1e9)
     assert plan.heads[0] == (DENSE,) * HEADS
     assert DENSE not in plan.heads[1]
+
+
+@pytest.mark.parametrize("bound", [0.05, 0.2, 0.6])
+@pytest.mark.parametrize("fixed", [(), ((0, 0),), ((0, 0), (1, 0)), ((0, 0), (0, 1))])
+def test_no_head_could_be_changed_for_a_cheaper_plan_within_the_bound(
+    bound: float, fixed: tuple[tuple[int, int], ...]
+) -> None:
+    """Also where the first head of a layer has no choice, or none of a layer's has."""
+    chooser = search(3, memory=0.0, fixed=fixed)
+    plan, changed = chooser.plan(bound), 0
+    for layer, head in itertools.product(range(LAYERS), range(HEADS)):
+        row, options = plan.heads[layer], chooser._options[layer][head]
+        assert ((layer, head) in fixed) == (len(options) == 1)
+        changed += row[head] != DENSE
+        for option in options:
+            other = (*row[:head], option.choice, *row[head + 1 :])
+            tried = chooser.judged((*plan.heads[:layer], other, *plan.heads[layer + 1 :]))
+            assert tried.cost >= plan.cost - 1e-9 or tried.divergence > bound
+    assert changed >= (LAYERS * HEADS - len(fixed)) // 2
 
 
 def test_memory_makes_heads_stream() -> None:
