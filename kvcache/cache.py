@@ -88,6 +88,11 @@ class KVCache:
         """Pages of each group."""
         return tuple(pool.num_pages for pool in self.pools)
 
+    @property
+    def stored_as(self) -> str:
+        """The type of keys and values, as torch names it."""
+        return str(self.pools[0].k.dtype).removeprefix("torch.")
+
     def available(self) -> tuple[int, ...]:
         """Pages of each group that can be had now: free ones and cached ones."""
         return tuple(pool.available for pool in self.pools)

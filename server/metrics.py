@@ -265,11 +265,13 @@ class _State(Collector):
 
     def _cache(self, stats: EngineStats) -> Iterator[Metric]:
         yield self._gauge("gossamer:kv_token_capacity", "Tokens that fit into the KV cache.", stats.kv_token_capacity)
-        info = GaugeMetricFamily(
-            "vllm:cache_config_info", "The cache.", labels=[*_LABELS, "block_size", "num_gpu_blocks"]
-        )
-        blocks = stats.kv_token_capacity // PAGE_SIZE
-        info.add_metric([*self._labels.values(), str(PAGE_SIZE), str(blocks)], 1)
+        about = {
+            "block_size": str(PAGE_SIZE),
+            "num_gpu_blocks": str(stats.kv_token_capacity // PAGE_SIZE),
+            "cache_dtype": stats.kv_dtype,
+        }
+        info = GaugeMetricFamily("vllm:cache_config_info", "The cache.", labels=[*_LABELS, *about])
+        info.add_metric([*self._labels.values(), *about.values()], 1)
         yield info
         numbers: tuple[tuple[str, str, Callable[[RuleStats], float]], ...] = (
             ("gossamer:kv_pages", "Pages of the rule's pool.", lambda rule: rule.pages),

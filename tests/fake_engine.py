@@ -138,6 +138,7 @@ class FakeEngine:
             pending_prefill_tokens=11,
             kv_usage=0.25,
             kv_token_capacity=6400,
+            kv_dtype="bfloat16",
             prefix_queried_tokens=200,
             prefix_hit_tokens=50,
             preemptions=1,

@@ -228,6 +228,7 @@ def test_an_engine_holds_four_times_as_many_tokens(checkpoint: Path, model: Mode
             second = ask(engine, prompt)
             assert second.tokens() == tokens and second.cached == 256
             held[kind] = engine.token_capacity
+            assert engine.stats().kv_dtype == {"auto": "float32", "fp8": "float8_e4m3fn"}[kind]
     assert 3.6 < held["fp8"] / held["auto"] < 3.9  # 128 bytes to 34, in whole pages
 
 

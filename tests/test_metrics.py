@@ -91,7 +91,7 @@ def test_numbers(metrics: Metrics) -> None:
         "vllm:request_prefill_kv_computed_tokens_sum": 36,
         "vllm:request_time_per_output_token_seconds_sum": 0.2,
         "vllm:request_inference_time_seconds_sum": 3.0,
-        "vllm:cache_config_info block_size=64 num_gpu_blocks=100": 1,
+        "vllm:cache_config_info block_size=64 cache_dtype=bfloat16 num_gpu_blocks=100": 1,
         "gossamer:requests_total point=exact": 1,
         "gossamer:attention_pages_read_total phase=prefill point=exact": 30,
         "gossamer:attention_pages_possible_total phase=prefill point=exact": 120,

@@ -107,6 +107,16 @@ def test_config_that_is_not_text(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"), [("hidden_size", "wide"), ("num_hidden_layers", 1.5), ("num_attention_heads", [4])]
+)
+def test_config_with_a_number_that_is_none(checkpoint: Path, name: str, value: object) -> None:
+    """The file is at fault, not the network."""
+    edit_config(checkpoint, **{name: value})
+    sentence = refused(checkpoint)
+    assert "config.json has a wrong entry" in sentence and name in sentence and "network" not in sentence
+
+
+@pytest.mark.parametrize(
     ("family", "why"),
     [
         ("mamba", "recurrent state"),

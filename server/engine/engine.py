@@ -129,6 +129,7 @@ class Engine:
             pending_prefill_tokens=self._loop.load.tokens,
             kv_usage=max((rule.pages_owned / rule.pages for rule in rules), default=0.0),
             kv_token_capacity=self.token_capacity,
+            kv_dtype=self.cache.stored_as,
             prefix_queried_tokens=scheduler.queried_tokens,
             prefix_hit_tokens=scheduler.hit_tokens,
             preemptions=scheduler.preemptions,

@@ -127,10 +127,14 @@ def load_config(path: str, revision: str | None) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:
-        raise StartupError(
-            f"The configuration of {path} cannot be loaded ({_first_line(error)}); check the name, and the network if "
-            "it is a hub id, or copy the checkpoint again."
-        ) from error
+        if local.is_dir():
+            sentence = f"{local / 'config.json'} has a wrong entry ({_first_line(error)}); copy the checkpoint again."
+        else:
+            sentence = (
+                f"The configuration of {path} cannot be loaded ({_first_line(error)}); check the name of the model, "
+                "--revision, and the network."
+            )
+        raise StartupError(sentence) from error
     assert isinstance(config, PreTrainedConfig)
     check_family(config.to_dict())
     return config

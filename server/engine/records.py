@@ -69,6 +69,7 @@ class EngineStats:
     pending_prefill_tokens: int
     kv_usage: float  # 0 to 1, the fullest pool
     kv_token_capacity: int
+    kv_dtype: str  # of keys and values as stored: "bfloat16", "float8_e4m3fn"
     prefix_queried_tokens: int  # since start
     prefix_hit_tokens: int
     preemptions: int
