@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_checks import complaint, run
@@ -11,11 +12,14 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
 from gossamer.attention.artefacts import Artefacts
+from gossamer.attention.policy import AttentionPolicy
 from gossamer.attention.policy_file import load_policy_file
-from gossamer.attention.policy_view import Phase
+from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling import candidates, profiler, subject
 from gossamer.attention.profiling.candidates import Candidate
 from gossamer.attention.profiling.device_times import load_device_profile
+from gossamer.attention.profiling.fidelity import Fidelity, Trial
+from gossamer.attention.profiling.prompts import Document
 from gossamer.attention.profiling.tasks import TASKS
 
 COMMAND = ("profile",)
@@ -103,6 +107,33 @@ def test_it_goes_on_where_it_was(profiled: Path, folder: Path, monkeypatch: pyte
     again = run(COMMAND, *QUICK, "--device-profile", beside, "--memory-weight", "1", "-o", profiled)
     assert again.exit_code == 0, again.output
     assert "keep:" in profiled.read_text("utf-8")
+
+
+def test_it_compares_with_the_same_backend_for_every_head(
+    profiled: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decodes in other ways reads prompts once; each is told what it would have been told alone."""
+    monkeypatch.setattr(profiler, "ladder", few)
+    monkeypatch.setattr(subject, "ASKED", [TASKS["multikey"], TASKS["pairs"]])
+    together, alone = [], []
+    try_decodes, try_point = Fidelity.try_decodes, Fidelity.try_point
+
+    def tried(self: Fidelity, policies: list[AttentionPolicy], documents: list[Document], tick: Any) -> list[Trial]:
+        found = try_decodes(self, policies, documents, tick)
+        together.extend(each.divergence() for each in found)
+        alone.extend(try_point(self, policy, documents, tick).divergence() for policy in policies)
+        return found
+
+    monkeypatch.setattr(Fidelity, "try_decodes", tried)
+    before = profiled.read_text("utf-8")
+    result = run(COMMAND, *QUICK, *MEMORY, "--compare", "-o", profiled)
+    assert result.exit_code == 0, result.output
+    kinds = {phase: {each.kind for each in few(phase, labels="l", gates=None)} - {"dense"} for phase in PHASES}
+    report = profiled.with_suffix(".md").read_text("utf-8")
+    assert f"Of {len(kinds['prefill']) + len(kinds['decode'])} comparisons" in report
+    assert len(together) == len(kinds["decode"]) == 3
+    assert together == pytest.approx(alone, rel=0.03)  # ends of prompts are cut into chunks in another way
+    assert profiled.read_text("utf-8") == before
 
 
 def test_it_stops_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From what was measured to operating points that hold their bounds: a budget is bisected, every plan is tried."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -41,9 +42,7 @@ class Trials:
 
     def run(self, heads: Assignment, purpose: int, length: int, what: str) -> Trial:
         """On the documents of a purpose."""
-        if (purpose, length) not in self._documents:
-            self._documents[purpose, length] = self.subject.documents(self.settings, length, purpose)
-        return self._trial(heads, self._documents[purpose, length], f"{purpose}-{length}", f"{what}, {length} tokens")
+        return self._trial(heads, self._of(purpose, length), f"{purpose}-{length}", f"{what}, {length} tokens")
 
     def run_all(self, heads: Assignment, purpose: int, what: str) -> Trial:
         """The same at all lengths."""
@@ -67,6 +66,26 @@ class Trials:
             return self.fidelity.try_decodes([self._policy(each) for each in assignments], few, self.progress.tick)
 
         return [each.divergence() for each in self.state.value(f"probe-decode{where}", list[Trial], run)]
+
+    def run_decodes(self, heads: Sequence[Assignment], purpose: int, what: str) -> list[Trial]:
+        """As `run_all`, for assignments that are alike for prompts and keep everything."""
+        policies = [self._policy(each) for each in heads]
+        name = hashlib.sha256(" ".join(each.points[0].fingerprint() for each in policies).encode()).hexdigest()[:8]
+        found = []
+        for length in self.settings.lengths:
+            documents = self._of(purpose, length)
+
+            def run(documents: Sequence[Document] = documents, length: int = length) -> list[Trial]:
+                self.progress.begin(f"{what}, {length} tokens", len(documents))
+                return self.fidelity.try_decodes(policies, documents, self.progress.tick)
+
+            found.append(self.state.value(f"decodes-{purpose}-{length}-{name}", list[Trial], run))
+        return [together(own) for own in zip(*found, strict=True)]
+
+    def _of(self, purpose: int, length: int) -> list[Document]:
+        if (purpose, length) not in self._documents:
+            self._documents[purpose, length] = self.subject.documents(self.settings, length, purpose)
+        return self._documents[purpose, length]
 
     def _few(self, length: int) -> list[Document]:
         documents = self.subject.documents(self.settings, length, CALIBRATED)
@@ -179,22 +198,35 @@ class Chooser:
 
     def rivals(self, point: Point) -> list[Rival]:
         """For each phase and kind of candidate the uniform choice that reads about as much as the point does."""
-        longest = max(self.trials.settings.lengths)
         found = []
         for phase in PHASES:
-            wanted = point.density[phase][longest]
-            for kind in dict.fromkeys(each.kind for each in self.trials.candidates[phase]):
-                own = [n for n, each in enumerate(self.trials.candidates[phase]) if each.kind == kind]
-                if kind == "dense":
-                    continue
-                density = {n: float(self.found[phase][longest].density[n].mean()) for n in own}
+            candidates, density = self.trials.candidates[phase], self._densities(phase)
+            wanted = point.density[phase][max(self.trials.settings.lengths)]
+            numbers = []
+            for kind in dict.fromkeys(each.kind for each in candidates if each.kind != "dense"):
+                own = [n for n, each in enumerate(candidates) if each.kind == kind]
                 enough = [n for n in own if density[n] >= wanted] or [max(own, key=density.__getitem__)]
-                number = min(enough, key=density.__getitem__)
-                plan = self.search.judged(self._everywhere(point.plan, phase, number))
-                name = self.trials.candidates[phase][number].text
-                trial = self.trials.run_all(plan.heads, UNSEEN, f"{phase}: {name} for every head")
+                numbers.append(min(enough, key=density.__getitem__))
+            plans = [self.search.judged(self._everywhere(point.plan, phase, number)) for number in numbers]
+            names = [candidates[number].text for number in numbers]
+            for number, name, plan, trial in zip(numbers, names, plans, self._tried(phase, plans, names), strict=True):
                 found.append(Rival(name, phase, plan, density[number], trial))
         return found
+
+    def _densities(self, phase: Phase) -> list[float]:
+        """Of every candidate at the longest length, mean over heads."""
+        table = self.found[phase][max(self.trials.settings.lengths)].density
+        return [float(own.mean()) for own in table]
+
+    def _tried(self, phase: Phase, plans: Sequence[Plan], names: Sequence[str]) -> list[Trial]:
+        """Uniform choices in one phase, on unseen documents."""
+        if phase == "decode":
+            what = f"decode: {len(plans)} backends for every head"
+            return self.trials.run_decodes([plan.heads for plan in plans], UNSEEN, what)
+        return [
+            self.trials.run_all(plan.heads, UNSEEN, f"prefill: {name} for every head")
+            for plan, name in zip(plans, names, strict=True)
+        ]
 
     def _everywhere(self, plan: Plan, phase: Phase, number: int) -> Assignment:
         def own(choice: Choice) -> Choice:

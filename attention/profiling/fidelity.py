@@ -1,6 +1,6 @@
 """How near an operating point comes to dense: divergence of next-token distributions, and answers to questions."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gossamer.attention.policy import AttentionPolicy, OperatingPoint
 from gossamer.attention.profiling.prompts import Document, Exchange
-from gossamer.attention.profiling.reading import Reader, Reading, Shape
+from gossamer.attention.profiling.reading import Reader, Shape
 from gossamer.attention.reads import SpanReads
 
 NOTHING = SpanReads(0.0, 0.0, 0.0, 0.0)
@@ -72,41 +72,55 @@ class Cell:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What was said about a document: log-probabilities [rows, V] of each exchange, and what was read for them."""
+
+    logs: tuple[Tensor, ...]
+    reads: SpanReads
+
+
 class Fidelity:
     """Compares operating points with dense attention, which is run once for each document."""
 
     def __init__(self, module: nn.Module, shape: Shape, dense: AttentionPolicy, chunk: int) -> None:
         self._module, self._shape, self._dense, self._chunk = module, shape, dense, chunk
-        self._known: dict[str, list[Tensor]] = {}  # by document: log-probabilities [rows, V] of each exchange
-
-    def try_dense(self, documents: Iterable[Document], tick: Callable[[], None]) -> Trial:
-        return self._try(self._dense, documents, tick)
+        self._known: dict[str, _Told] = {}  # under dense attention, by document
 
     def try_point(self, policy: AttentionPolicy, documents: Iterable[Document], tick: Callable[[], None]) -> Trial:
         """policy: its first operating point. tick: after each document."""
-        return self._try(policy, documents, tick)
+        is_dense = policy.points[0].fingerprint() == self._dense.points[0].fingerprint()
+        scores: list[Score] = []
+        reads: dict[int, SpanReads] = {}
+        for document in documents:
+            dense = self._told_densely(document)
+            own = dense if is_dense else self._told(policy, document)
+            for exchange, right, told in zip(document.exchanges, dense.logs, own.logs, strict=True):
+                scores.append(_score(document, exchange, right, told))
+            reads[document.length] = reads.get(document.length, NOTHING).plus(own.reads)
+            tick()
+        return Trial(tuple(scores), reads)
 
     def try_decodes(
         self, policies: Sequence[AttentionPolicy], documents: Iterable[Document], tick: Callable[[], None]
     ) -> list[Trial]:
-        """For policies that are dense for prompts: these are read once for all of them."""
+        """The first operating points of policies that differ for generated tokens alone and keep everything: prompts
+        are read once for all of them. What was read is not counted."""
         scores: list[list[Score]] = [[] for _ in policies]
         points = [policy.points[0] for policy in policies]
         named = [OperatingPoint(f"{number}", point.heads) for number, point in enumerate(points)]
         summaries = AttentionPolicy("all", tuple(named)).summaries()
         for document in documents:
-            if document.name not in self._known:
-                self._known[document.name] = self._told(document)
-            dense = self._known[document.name]
+            dense = self._told_densely(document)
             reader = Reader(
                 self._module,
-                self._dense,
+                policies[0],
                 room=document.room,
                 chunk=self._chunk,
                 shape=self._shape,
                 summaries=summaries,
             )
-            for exchange, right in zip(document.exchanges, dense, strict=True):
+            for exchange, right in zip(document.exchanges, dense.logs, strict=True):
                 for point, own in zip(points, scores, strict=True):
                     rows = list(exchange.rows)
                     reading = reader.read(exchange.tokens, prompt=exchange.prompt, rows=rows, point=point)
@@ -114,32 +128,20 @@ class Fidelity:
             tick()
         return [Trial(tuple(own), {}) for own in scores]
 
-    def _try(self, policy: AttentionPolicy, documents: Iterable[Document], tick: Callable[[], None]) -> Trial:
-        scores: list[Score] = []
-        reads: dict[int, SpanReads] = {}
-        for document in documents:
-            own: list[Tensor] = []
-            read = NOTHING
-            for reading in self._read(policy, document):
-                own.append(reading.logits.log_softmax(-1))
-                read = read.plus(reading.reads)
-            if policy is self._dense:
-                self._known[document.name] = own
-            elif document.name not in self._known:
-                self._known[document.name] = self._told(document)
-            for exchange, dense, told in zip(document.exchanges, self._known[document.name], own, strict=True):
-                scores.append(_score(document, exchange, dense, told))
-            reads[document.length] = reads.get(document.length, NOTHING).plus(read)
-            tick()
-        return Trial(tuple(scores), reads)
+    def _told_densely(self, document: Document) -> _Told:
+        if document.name not in self._known:
+            self._known[document.name] = self._told(self._dense, document)
+        return self._known[document.name]
 
-    def _told(self, document: Document) -> list[Tensor]:
-        return [reading.logits.log_softmax(-1) for reading in self._read(self._dense, document)]
-
-    def _read(self, policy: AttentionPolicy, document: Document) -> Iterator[Reading]:
+    def _told(self, policy: AttentionPolicy, document: Document) -> _Told:
         reader = Reader(self._module, policy, room=document.room, chunk=self._chunk, shape=self._shape)
+        logs: list[Tensor] = []
+        reads = NOTHING
         for exchange in document.exchanges:
-            yield reader.read(exchange.tokens, prompt=exchange.prompt, rows=list(exchange.rows))
+            reading = reader.read(exchange.tokens, prompt=exchange.prompt, rows=list(exchange.rows))
+            logs.append(reading.logits.log_softmax(-1))
+            reads = reads.plus(reading.reads)
+        return _Told(tuple(logs), reads)
 
 
 def _score(document: Document, exchange: Exchange, dense: Tensor, told: Tensor) -> Score:
