@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from kernel_checks import run_interpreted
 from torch import Tensor
 
-from gossamer.kernels.choose import choose_count, choose_count_torch, choose_mass, choose_mass_torch, choose_tokens
+from gossamer.kernels.choose import (
+    LONG,
+    SAMPLED,
+    choose_count,
+    choose_count_torch,
+    choose_mass,
+    choose_mass_torch,
+    choose_tokens,
+)
 
 SHARES = (0.0, 1e-9, 0.3, 0.5, 0.9, 0.999, 1.0)
 
@@ -120,6 +128,23 @@ def test_long_rows_and_any_number_of_dimensions(shape: tuple[int, ...], monkeypa
         tokens = choose_tokens(mass, 20, share)
         assert tokens.shape == (*shape[:-1], min(20, shape[-1]))
         assert tokens.view(-1, tokens.shape[-1]).tolist() == [expected_tokens(row, 20, share) for row in flat]
+
+
+@pytest.mark.parametrize("most", [1, 300, 2000, 5000])
+def test_rows_that_are_sampled_first(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them so that the sample misleads: what is large is seen by it alone, or not at all."""
+    width, gen = LONG + 7, torch.Generator().manual_seed(2)
+    mass = make_rows((7, width), seed=1)
+    for row, scale in ((0, 1.0), (5, 0.01), (6, 0.01)):
+        mass[row] = (1 + torch.randperm(width, generator=gen)) * (scale / width)  # no two are equal
+    seen = torch.arange(width) % SAMPLED == 0
+    mass[5, seen] += 1
+    mass[6, ~seen] += 1
+    tokens = choose_tokens(mass, most, 1.0)
+    assert tokens.tolist() == [expected_tokens(row, most, 1.0) for row in mass.tolist()]
+    if most < LONG:  # rows without equal entries, and with enough above 0, need nothing else
+        monkeypatch.setattr("gossamer.kernels.choose.choose_count_torch", None)
+        assert torch.equal(choose_tokens(mass[[0, 5, 6]], most, 1.0), tokens[[0, 5, 6]])
 
 
 def test_a_budget_for_each_column_of_rows_and_views() -> None:
