@@ -107,6 +107,7 @@ def profile(
         weights=Weights.of("latency"),
         device=_device(candidates),
         candidates=candidates,
+        above={p: {} for p in PHASES},
         found=found,
         looks={n: _looks(shape, n, generator) for n in LENGTHS},
         sensitivity=sensitivity,

@@ -1,8 +1,10 @@
 """Choosing a candidate for every head: cost, divergence, and what is written of it."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ from gossamer.attention.profiling.device_times import (
 from gossamer.attention.profiling.fidelity import Score, Trial, within
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.options import DENSE, Assignment, Choice, Options
-from gossamer.attention.profiling.search import Search
+from gossamer.attention.profiling.search import Plan, Search
 from gossamer.attention.profiling.sensitivity import FLOOR, Place, probed_again, sensitivities
 from gossamer.attention.profiling.writing import policy_file, spelled
 from gossamer.attention.selectors import SinkRecent
@@ -100,6 +102,7 @@ def search(
     call: float = 0.0,
     attending: float = 0.0,
     fixed: Sequence[tuple[int, int]] = (),
+    above: Mapping[Phase, Mapping[str, int]] = MappingProxyType({}),
 ) -> Search:
     """fixed: layers and heads for which every candidate reads everything, and choosing comes on top."""
     measured = found(seed)
@@ -110,7 +113,7 @@ def search(
     tables: dict[Phase, list[dict[str, int]]] = {
         phase: [{"mean keys": 256} if "mean" in each.kind else {} for each in own] for phase, own in LADDERS.items()
     }
-    model = costs(memory, call, attending)
+    model = replace(costs(memory, call, attending), above=above)
     return Search(Options(LADDERS, measured, dict.fromkeys(PHASES, weight), model, tables), free)
 
 
@@ -199,6 +202,33 @@ def test_what_a_layer_calls_is_paid_for_once_by_all_that_a_step_computes() -> No
     assert model.of_calls("prefill", [["vertical-slash"]]) == pytest.approx(0.5 * page * 2 * 4)  # sees half the pages
     many = costs(0.0, call=3.0, attending=1.0, goal="throughput")
     assert many.of_calls("decode", [[by_mass]]) == pytest.approx(2 / 3 * page * 4 / 16)
+
+
+def test_up_to_its_least_length_a_candidate_is_dense() -> None:
+    """In cost, calls, error and density; the length itself still is."""
+    by_mass = "block-sparse mean by mass"
+    number = next(n for n, each in enumerate(LADDERS["decode"]) if each.kind == by_mass)
+    rows = (((Choice(0, number, False), DENSE), (DENSE, DENSE)), ((DENSE, DENSE), (DENSE, DENSE)))
+    always, later, never = (
+        search(3, memory=0.0, call=3.0, attending=1.0, above={"decode": {by_mass: above}})
+        for above in (4095, 4096, 32768)
+    )
+    assert later._costs.acts("prefill", by_mass, 1)
+    one, dense = (always.judged(heads) for heads in rows)
+    assert never.judged(rows[0]) == Plan(rows[0], pytest.approx(dense.cost), 0.0)
+    saved = dict.fromkeys(LENGTHS, 0.0)  # of a head, in pages: what it leaves out, less choosing and calls
+    for length in LENGTHS:
+        density = float(always._found["decode"][length].density[number, 0, 0])
+        saved[length] = length / 64 * (1 - density - 0.01) - 3 - 1
+    share = 0.5 / 2 / (LAYERS * HEADS)
+    assert dense.cost - one.cost == pytest.approx(share * sum(saved[n] / (n / 64) for n in LENGTHS))
+    assert dense.cost - later.judged(rows[0]).cost == pytest.approx(share * saved[32768] / (32768 / 64))
+    weight = float(always._own._sensitivity["decode"][0, 0])
+    assert later.judged(rows[0]).divergence == pytest.approx(
+        weight * float(always._found["decode"][32768].error[number, 0, 0])
+    )
+    plan = later.judged(rows[0])
+    assert later.density(plan, "decode", 4096) == 1.0 > later.density(plan, "decode", 32768)
 
 
 def test_what_a_call_takes_is_told_from_what_its_blocks_add() -> None:

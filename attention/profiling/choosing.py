@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from types import MappingProxyType
 
 from gossamer.attention.artefacts import Artefacts
@@ -11,7 +12,7 @@ from gossamer.attention.policy_file import PolicyFile, Provenance
 from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.candidates import Candidate
 from gossamer.attention.profiling.cost import CostModel
-from gossamer.attention.profiling.fidelity import Fidelity, Trial, losses, together, within
+from gossamer.attention.profiling.fidelity import Fidelity, Trial, least_divergence, losses, together, within
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.options import DENSE, Assignment, Choice
 from gossamer.attention.profiling.profile import Attempt, Bound, Point, Rival, Settings
@@ -40,13 +41,21 @@ class Trials:
     above: Mapping[Phase, Mapping[str, int]] = field(default_factory=lambda: {"prefill": {}, "decode": {}})
     _documents: dict[tuple[int, int], list[Document]] = field(default_factory=dict)
 
-    def run(self, heads: Assignment, purpose: int, length: int, what: str) -> Trial:
-        """On the documents of a purpose."""
-        return self._trial(heads, self._of(purpose, length), f"{purpose}-{length}", f"{what}, {length} tokens")
+    def beside_dense(self, heads: Assignment, length: int, most: float, what: str) -> tuple[Trial, Trial]:
+        """On the documents of the search, until it is sure to diverge by more than `most` nats; and dense attention on
+        as many of them."""
+        documents, purpose = self._of(SEARCHED, length), f"{SEARCHED}-{length}"
+        own = self._parts(heads, documents, purpose, f"{what}, {length} tokens", most)
+        dense = self._parts(self.all_dense, documents[: len(own)], purpose, f"dense attention, {length} tokens")
+        return together(own), together(dense)
 
     def run_all(self, heads: Assignment, purpose: int, what: str) -> Trial:
-        """The same at all lengths."""
-        return together([self.run(heads, purpose, length, what) for length in self.settings.lengths])
+        """On all documents of a purpose, at all lengths."""
+        parts: list[Trial] = []
+        for length in self.settings.lengths:
+            documents = self._of(purpose, length)
+            parts += self._parts(heads, documents, f"{purpose}-{length}", f"{what}, {length} tokens")
+        return together(parts)
 
     def probe(self, length: int, assignments: Sequence[Assignment], phase: Phase) -> list[float]:
         """Nats from dense of each assignment, which is dense in the other phase, on a part of the calibration's
@@ -57,7 +66,7 @@ class Trials:
             self.progress.begin(f"sensitivity of heads in prompts, {length} tokens", len(assignments))
             found = []
             for heads in assignments:
-                found.append(self._trial(heads, few, f"probe{where}", "").divergence())
+                found.append(together(self._parts(heads, few, f"probe{where}", "")).divergence())
                 self.progress.tick()
             return found
 
@@ -92,16 +101,27 @@ class Trials:
         few = [d for d in documents[: len(documents) // self.settings.documents] if d.task in PROBED]
         return [Document(d.task, d.length, d.seed, d.split, d.exchanges[:QUESTIONS]) for d in few]
 
-    def _trial(self, heads: Assignment, documents: Sequence[Document], purpose: str, what: str) -> Trial:
+    @property
+    def all_dense(self) -> Assignment:
+        shape = self.subject.shape
+        return ((DENSE,) * shape.kv_heads,) * shape.layers
+
+    def _parts(
+        self, heads: Assignment, documents: Sequence[Document], purpose: str, what: str, most: float = inf
+    ) -> list[Trial]:
+        """One for each document, and none for further ones once it is sure that all together diverge by more than
+        `most` nats."""
         policy = self._policy(heads)
         name = f"trial-{purpose}-{policy.points[0].fingerprint()}"
-
-        def run() -> Trial:
-            if what:
-                self.progress.begin(what, len(documents))
-            return self.fidelity.try_point(policy, documents, self.progress.tick if what else _nothing)
-
-        return self.state.value(name, Trial, run)
+        parts = self.state.value(name, list[Trial], list[Trial])
+        if what and len(parts) < len(documents):
+            self.progress.begin(what, len(documents) - len(parts))
+        for document in documents[len(parts) :]:
+            if least_divergence(parts, documents) > most:
+                break
+            parts.append(self.fidelity.try_point(policy, [document], self.progress.tick if what else _nothing))
+            self.state.keep(name, list[Trial], parts)
+        return parts[: len(documents)]
 
     def file(
         self,
@@ -145,7 +165,7 @@ class Chooser:
                 best, low = self.search.plan(middle), middle
             else:
                 high = middle
-        return best or self.search.judged(self._all_dense)
+        return best or self.search.judged(self.trials.all_dense)
 
     def _holds(self, bound: Bound, budget: float) -> bool:
         """Whether the plan of this budget holds; every attempt is kept."""
@@ -159,8 +179,7 @@ class Chooser:
         held = True
         for length in self.trials.settings.lengths:
             what = f"{bound.name}: a plan at {100 * plan.cost:.0f}% of dense cost"
-            trial = self.trials.run(plan.heads, SEARCHED, length, what)
-            dense = self.trials.run(self._all_dense, SEARCHED, length, "dense attention")
+            trial, dense = self.trials.beside_dense(plan.heads, length, bound.divergence, what)
             lost = max(lost, *losses(dense, trial).values())
             diverged = max(diverged, trial.divergence())
             held = held and within(dense, trial, bound.points) and diverged <= bound.divergence
@@ -173,14 +192,9 @@ class Chooser:
         )
         return held
 
-    @property
-    def _all_dense(self) -> Assignment:
-        shape = self.trials.subject.shape
-        return ((DENSE,) * shape.kv_heads,) * shape.layers
-
     def verify(self, plans: Mapping[str, tuple[Bound, Plan]]) -> list[Point]:
         """Dense and all plans, on documents that nothing was chosen by."""
-        dense = self.search.judged(self._all_dense)
+        dense = self.search.judged(self.trials.all_dense)
         points = [self._point(EXACT, None, dense)]
         return points + [self._point(name, bound, plan) for name, (bound, plan) in plans.items()]
 

@@ -2,7 +2,8 @@
 dense attention takes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 
 from gossamer.attention.policy_view import Phase
@@ -41,7 +42,7 @@ class Weights:
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Costs at the lengths that are profiled, as shares of what all heads cost when dense. page_bytes: of one head's
-    keys and values."""
+    keys and values. above: by phase and kind, the length up to which a candidate leaves a head dense."""
 
     device: DeviceProfile
     weights: Weights
@@ -49,24 +50,35 @@ class CostModel:
     layers: int
     kv_heads: int
     page_bytes: int
+    above: Mapping[Phase, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def heads(self) -> int:
         """Of all layers."""
         return self.layers * self.kv_heads
 
+    def acts(self, phase: Phase, kind: str, length: int) -> bool:
+        """Whether a candidate of this kind does anything at that length."""
+        return length > self.above.get(phase, {}).get(kind, 0)
+
     def of_phase(self, phase: Phase, kind: str, reads: Mapping[int, Reads]) -> float:
         """What a head costs, calls left out. reads: of it, by length."""
-        return self._weighed(phase, {length: self._seconds(phase, kind, length, reads[length]) for length in reads})
+        seconds = {}
+        for length, own in reads.items():
+            what = (kind, own) if self.acts(phase, kind, length) else ("dense", Reads(1.0))
+            seconds[length] = self._seconds(phase, what[0], length, what[1])
+        return self._weighed(phase, seconds)
 
     def of_calls(self, phase: Phase, groups: Iterable[Sequence[str]]) -> float:
         """What the calls of a layer cost, which all blocks of a step pay for together. groups: heads that keep the same
         tokens, as the kinds of their selectors, neighbours that share one counted once."""
-        times, seconds = self.device.times(phase), 0.0
-        for kinds in groups:
-            seconds += (times.dense if set(kinds) == {"dense"} else times.attend).call
-            seconds += sum(self.device.call(phase, kind) for kind in kinds)
-        return self._weighed(phase, dict.fromkeys(self.lengths, seconds / self._together(phase)))
+        times, seconds = self.device.times(phase), dict.fromkeys(self.lengths, 0.0)
+        for kinds, length in product(groups, self.lengths):
+            acting = [kind for kind in kinds if kind != "dense" and self.acts(phase, kind, length)]
+            taken = (times.attend if acting else times.dense).call
+            taken += sum(self.device.call(phase, kind) for kind in acting)
+            seconds[length] += taken / self._together(phase)
+        return self._weighed(phase, seconds)
 
     def of_memory(self, summary_bytes: int, window: tuple[int, int] | None) -> float:
         """window: sink and recent tokens that the head keeps, None for all. summary_bytes: per page."""

@@ -161,9 +161,24 @@ def _score(document: Document, exchange: Exchange, dense: Tensor, told: Tensor) 
 
 
 def together(trials: Sequence[Trial]) -> Trial:
-    """Of one operating point, at different lengths."""
-    scores = tuple(score for trial in trials for score in trial.scores)
-    return Trial(scores, {length: reads for trial in trials for length, reads in trial.reads.items()})
+    """Of one operating point, on different documents."""
+    reads: dict[int, SpanReads] = {}
+    for trial in trials:
+        for length, own in trial.reads.items():
+            reads[length] = reads.get(length, NOTHING).plus(own)
+    return Trial(tuple(score for trial in trials for score in trial.scores), reads)
+
+
+def least_divergence(trials: Sequence[Trial], documents: Sequence[Document]) -> float:
+    """What the divergence over documents of one length will be at least, from trials on some of them: what is missing
+    may agree with dense wholly."""
+    sums, counts = {False: 0.0, True: 0.0}, {False: 0, True: 0}
+    for score in (score for trial in trials for score in trial.scores):
+        sums[score.references > 0] += score.divergence
+    for exchange in (exchange for document in documents for exchange in document.exchanges):
+        counts[len(exchange.references) > 0] += 1
+    kinds = [kind for kind, count in counts.items() if count]
+    return sum(sums[kind] / counts[kind] for kind in kinds) / len(kinds)
 
 
 def losses(dense: Trial, trial: Trial) -> dict[tuple[str, int], float]:

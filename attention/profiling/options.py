@@ -121,7 +121,8 @@ class Options:
         parts = []
         for number, candidate in enumerate(self._candidates[phase]):
             reads = {length: own[length].reads(number, layer, head) for length in self.costs.lengths}
-            worst = max(float(own[length].error[number, layer, head]) for length in self.costs.lengths)
+            acting = [length for length in reads if self.costs.acts(phase, candidate.kind, length)]
+            worst = max((float(own[length].error[number, layer, head]) for length in acting), default=0.0)
             cost = self.costs.of_phase(phase, candidate.kind, reads)
             shared = cost + self.costs.of_calls(phase, [[candidate.kind]]) / self.costs.kv_heads
             parts.append(_Part(number, cost, shared, weight * worst, self._tables[phase][number]))

@@ -51,7 +51,7 @@ class Attempt:
     point: str
     budget: float  # nats that it was allowed, as predicted
     plan: Plan
-    divergence: float  # as measured
+    divergence: float  # as measured, on as many documents as it took to see whether it holds
     lost: float  # points, of the task and length that lost most
     held: bool  # its bounds
 
@@ -102,6 +102,7 @@ class Profile:
     weights: Weights
     device: DeviceProfile
     candidates: Mapping[Phase, tuple[Candidate, ...]]
+    above: Mapping[Phase, Mapping[str, int]]  # by kind of candidate, the length up to which it leaves a head dense
     found: Mapping[Phase, Mapping[int, Found]]  # by length
     looks: Mapping[int, Looks]  # by length
     sensitivity: Mapping[Phase, Tensor]  # [layers, G]

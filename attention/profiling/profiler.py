@@ -1,7 +1,7 @@
 """Profiling from beginning to end: read, measure, choose, verify. docs/profiling.md says why in this order."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +65,7 @@ class Profiler:
             device = self.device or self._measure_device(candidates, artefacts)
         found, looks = calibrate(subject, self.settings, candidates, artefacts, self.state, self.progress, stopwatch)
         costs = self._costs(device)
+        costs = replace(costs, above=_above(candidates, found, costs))
         fidelity = Fidelity(subject.module, subject.shape, subject.dense(), subject.chunk)
         trials = Trials(
             subject,
@@ -74,7 +75,7 @@ class Profiler:
             self.progress,
             artefacts,
             candidates,
-            _above(candidates, found, costs),
+            costs.above,
         )
         with stopwatch.stage("sensitivity of heads"):
             sensitivity = self._probe(candidates, found, trials)
@@ -98,6 +99,7 @@ class Profiler:
             weights=costs.weights,
             device=device,
             candidates=candidates,
+            above=costs.above,
             found=found,
             looks=looks,
             sensitivity=sensitivity,

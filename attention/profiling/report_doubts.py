@@ -156,14 +156,15 @@ def _tied(profile: Profile) -> Iterator[str]:
 
 
 def predicted(profile: Profile, point: Point, layer: int, head: int) -> dict[Phase, float]:
-    """Nats from dense that the search predicts for one head: its sensitivity times its largest squared error over
-    lengths."""
+    """Nats from dense that the search predicts for one head: its sensitivity times its largest squared error over the
+    lengths at which its candidate does anything."""
     choice = point.plan.heads[layer][head]
     found = {}
     for phase in PHASES:
-        number = getattr(choice, phase)
-        worst = max(float(each.error[number, layer, head]) for each in profile.found[phase].values())
-        found[phase] = float(profile.sensitivity[phase][layer, head]) * worst
+        number = choice.of(phase)
+        above = profile.above[phase].get(profile.candidates[phase][number].kind, 0)
+        errors = [float(each.error[number, layer, head]) for n, each in profile.found[phase].items() if n > above]
+        found[phase] = float(profile.sensitivity[phase][layer, head]) * max(errors, default=0.0)
     return found
 
 

@@ -85,10 +85,12 @@ class Search:
         return _plan([self._judge(layer, row) for layer, row in enumerate(heads)])
 
     def density(self, plan: Plan, phase: Phase, length: int) -> float:
-        """Measured in calibration, mean over heads."""
+        """Measured in calibration, mean over heads; 1 for those whose candidate does nothing at this length."""
         table = self._found[phase][length].density
         own = [
             float(table[choice.of(phase), layer, head])
+            if self._costs.acts(phase, self._own.kind(choice, phase), length)
+            else 1.0
             for layer, row in enumerate(plan.heads)
             for head, choice in enumerate(row)
         ]
