@@ -152,20 +152,20 @@ class Chooser:
     attempts: list[Attempt] = field(default_factory=list)
 
     def find(self, bound: Bound) -> Plan:
-        """The plan of the largest budget of predicted divergence that holds the bound when it is tried, as far as
-        bisecting tells; dense where none does."""
-        held = [each.budget for each in self.attempts if each.held]
-        low, high = max([bound.divergence / WIDE, *held]), self.search.most
-        if self._holds(bound, high):
-            return self.search.plan(high)
-        best = self.search.plan(low) if held else None
-        for _ in range(ROUNDS):
-            middle = (low * high) ** 0.5
-            if self._holds(bound, middle):
-                best, low = self.search.plan(middle), middle
-            else:
-                high = middle
-        return best or self.search.judged(self.trials.all_dense)
+        """The cheapest plan that holds the bound of those tried while the budget of predicted divergence is bisected,
+        and of those that held a tighter bound before; dense where none does."""
+        before = [each for each in self.attempts if each.held]
+        low, high = max([bound.divergence / WIDE, *(each.budget for each in before)]), self.search.most
+        if not self._holds(bound, high):
+            for _ in range(ROUNDS):
+                middle = (low * high) ** 0.5
+                if self._holds(bound, middle):
+                    low = middle
+                else:
+                    high = middle
+        held = [*before, *(each for each in self.attempts if each.held and each.point == bound.name)]
+        plans = [self.search.judged(self.trials.all_dense), *(each.plan for each in held)]
+        return min(plans, key=lambda plan: (plan.cost, plan.divergence))
 
     def _holds(self, bound: Bound, budget: float) -> bool:
         """Whether the plan of this budget holds; every attempt is kept."""
@@ -180,7 +180,7 @@ class Chooser:
         for length in self.trials.settings.lengths:
             what = f"{bound.name}: a plan at {100 * plan.cost:.0f}% of dense cost"
             trial, dense = self.trials.beside_dense(plan.heads, length, bound.divergence, what)
-            lost = max(lost, *losses(dense, trial).values())
+            lost = max([lost, *losses(dense, trial).values()])
             diverged = max(diverged, trial.divergence())
             held = held and within(dense, trial, bound.points) and diverged <= bound.divergence
             if not held:  # longer documents take longer, and cannot mend it
