@@ -9,10 +9,10 @@ import pytest
 import torch
 from profile_cases import ASKED, BALANCED, FAST, LENGTHS, profile, trial
 
-from gossamer.attention.profiling.profile import Attempt, Profile, Spent
+from gossamer.attention.profiling.profile import Attempt, GateRecall, Profile, Spent
 from gossamer.attention.profiling.report import as_html, make_report, write_report
 from gossamer.attention.profiling.report_charts import Mark, linear, logarithmic, scatter, staircase
-from gossamer.attention.profiling.report_parts import Section, Table
+from gossamer.attention.profiling.report_parts import Gallery, Section, Table
 from gossamer.attention.profiling.report_rivals import compared
 from gossamer.attention.profiling.report_text import as_markdown
 from gossamer.attention.profiling.report_verdicts import Answers, Loss, verdicts_of
@@ -166,7 +166,7 @@ def test_doubts_come_from_the_numbers() -> None:
     made = profile(2, 2, windows=(1,))
     weak = trial(0.0, single=4)
     points = (replace(made.points[0], unseen=weak), *(replace(each, unseen=weak) for each in made.points[1:]))
-    made = replace(made, points=points, gates={"prefill": (0.5, 0.6)}, device=replace_device(made))
+    made = replace(made, points=points, gates={"prefill": gates(0.5, 0.6)}, device=replace_device(made))
     text = " ".join(make_report(made).doubts)
     assert "single at 1024 (10.0% (4 of 40))" in text
     assert "judged by 2 documents" in text
@@ -237,10 +237,46 @@ def test_alphas_are_ranked_against_far_mass() -> None:
     )
 
 
+def gates(gate: float, pooled: float) -> GateRecall:
+    """The same for each of the two layers' two heads."""
+    return GateRecall(torch.full((2, 2), gate), torch.full((2, 2), pooled))
+
+
 def test_gates_stand_beside_pooled_keys() -> None:
-    made = replace(profile(), gates={"prefill": (0.81, 0.7), "decode": (0.5, 0.62)})
-    (table,) = tables(made, "gates")
-    assert table.rows == (("prefill", "81.0%", "70.0%", "better"), ("decode", "50.0%", "62.0%", "not better"))
+    """In the heads that have a choice, which are those of the second layer."""
+    made = replace(profile(windows=(0,)), gates={"prefill": gates(0.81, 0.7), "decode": gates(0.5, 0.62)})
+    made.gates["decode"].gate[0] = 1.0  # type: ignore[index]
+    table, maps = section(made, "gates").parts
+    assert isinstance(table, Table) and isinstance(maps, Gallery)
+    assert table.rows == (
+        ("prefill", "81.0%", "70.0%", "better", "2 of 2", "0"),
+        ("decode", "50.0%", "62.0%", "not better", "0 of 2", "2"),
+    )
+    assert ">11.0<" in maps.pictures[0].svg and ">-12.0<" in maps.pictures[1].svg
+    prefill, decode = section(made, "gates").said[1:]
+    assert prefill == "prefill: 2 heads find more, by 11.0 points in the mean and 11.0 in head 1.0."
+    assert "2 heads find less, by 12.0 points" in decode and "Of the 2 heads that gain less" in decode
+
+
+@pytest.mark.parametrize(
+    ("pages", "near", "reason"),
+    [
+        (0.6, 0.9, "2 need more than 50.0% of the pages for 90% of"),
+        (0.1, 0.6, "2 have more than 50.0% of it at the beginning or near"),
+        (0.1, 0.1, "2 have something to find that pooled keys find as well"),
+    ],
+)
+def test_why_a_gate_finds_nothing_more_is_said(pages: float, near: float, reason: str) -> None:
+    made = profile(windows=(0,))
+    length, count = max(LENGTHS), 10
+    sink, last, held = (torch.full((2, 2), count * each, dtype=torch.float64) for each in (near / 2, near / 2, pages))
+    looks = replace(made.looks[length], queries=torch.tensor([count]), sink=sink, near=last, pages=held)
+    made = replace(made, looks={**made.looks, length: looks}, gates={"prefill": gates(0.5, 0.5)})
+    assert (
+        f"prefill: no head gains or loses a point. Of the 2 heads that gain less than a point, {reason}"
+        in (section(made, "gates").said[1])
+    )
+    assert reason in " ".join(make_report(made).doubts)
 
 
 def test_time_is_shared_out_over_heads_and_tokens() -> None:
@@ -300,7 +336,7 @@ def columns(line: str) -> int:
 
 @pytest.mark.parametrize("name", ["tiny", HOSTILE])
 def test_tables_of_the_summary_are_whole(name: str) -> None:
-    made = replace(profile(name=name), alphas=torch.rand(2, 2), gates={"prefill": (0.8, 0.7)})
+    made = replace(profile(name=name), alphas=torch.rand(2, 2), gates={"prefill": gates(0.8, 0.7)})
     text = as_markdown(make_report(made))
     blocks = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
     assert len(blocks) > 10

@@ -12,7 +12,7 @@ from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.candidates import Candidate
 from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.gates import GateWeights, Lesson, distil, divergence, make_lesson, write_gates
-from gossamer.attention.profiling.profile import Settings
+from gossamer.attention.profiling.profile import GateRecall, Settings
 from gossamer.attention.profiling.prompts import Document
 from gossamer.attention.profiling.reading import LayerCall, Reader
 from gossamer.attention.profiling.state import State
@@ -142,10 +142,9 @@ def _far(gate: GateWeights, rotary: Rotary, lessons: Sequence[Lesson]) -> float:
 
 def gates_against_pooled_keys(
     candidates: Mapping[Phase, Sequence[Candidate]], found: Mapping[Phase, Mapping[int, Found]], length: int
-) -> dict[Phase, tuple[float, float]] | None:
-    """By phase the recall of gates and of mean keys under the same budgets, mean over budgets, heads and layers; None
-    without gates."""
-    answer: dict[Phase, tuple[float, float]] = {}
+) -> dict[Phase, GateRecall] | None:
+    """By phase; None without gates."""
+    answer: dict[Phase, GateRecall] = {}
     for phase, own in candidates.items():
         budgets = {c.backend.budget: n for n, c in enumerate(own) if c.backend.backend == "learned-gate"}
         pooled = {
@@ -156,7 +155,6 @@ def gates_against_pooled_keys(
         both = [budget for budget in budgets if budget in pooled]
         if not both:
             return None
-        recall = found[phase][length].recall.mean((1, 2))
-        means = [sum(float(recall[table[b]]) for b in both) / len(both) for table in (budgets, pooled)]
-        answer[phase] = means[0], means[1]
+        recall = found[phase][length].recall
+        answer[phase] = GateRecall(*(recall[[table[b] for b in both]].mean(0) for table in (budgets, pooled)))
     return answer

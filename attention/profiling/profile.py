@@ -83,6 +83,15 @@ class Rival:
 
 
 @dataclass(frozen=True, slots=True)
+class GateRecall:
+    """Share of dense attention's mass that is found under the same budgets, mean over these: by the trained gate, and
+    by mean keys of pages; [layers, G] each."""
+
+    gate: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Spent:
     """What one stage of profiling took."""
 
@@ -110,6 +119,6 @@ class Profile:
     points: tuple[Point, ...]  # dense first
     rivals: tuple[Rival, ...]  # of the first point that is not dense
     alphas: Tensor | None  # [layers, G], of DuoAttention, when they were trained
-    gates: Mapping[Phase, tuple[float, float]] | None  # recall of gates and of pooled keys at equal density
+    gates: Mapping[Phase, GateRecall] | None  # None: not trained
     spent: tuple[Spent, ...]
     about: Mapping[str, str]  # versions, commit, data, date

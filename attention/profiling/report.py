@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from gossamer.attention.profiling.profile import Profile
 from gossamer.attention.profiling.report_doubts import doubts
+from gossamer.attention.profiling.report_gates import gates_section
 from gossamer.attention.profiling.report_heads import heads_section, maps_section, worst_section
 from gossamer.attention.profiling.report_maps import head_map
 from gossamer.attention.profiling.report_origins import origins_section, stages_section
@@ -29,7 +30,7 @@ from gossamer.attention.profiling.report_results import (
     verdict_table,
 )
 from gossamer.attention.profiling.report_rivals import rivals_section
-from gossamer.attention.profiling.report_streaming import gates_section, streaming_section
+from gossamer.attention.profiling.report_streaming import streaming_section
 from gossamer.attention.profiling.report_text import as_markdown
 from gossamer.attention.profiling.report_verdicts import Verdict, headline, verdicts_of
 

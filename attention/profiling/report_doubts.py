@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from gossamer.attention.policy_view import PHASES, Phase
 from gossamer.attention.profiling.profile import Point, Profile
+from gossamer.attention.profiling.report_gates import means, why
 from gossamer.attention.profiling.report_parts import (
     heads_of,
     listed,
@@ -138,11 +139,12 @@ def _rivals(profile: Profile) -> Iterator[str]:
 
 
 def _gates(profile: Profile) -> Iterator[str]:
-    for phase, (gate, pooled) in (profile.gates or {}).items():
+    for phase, recall in (profile.gates or {}).items():
+        gate, pooled = means(profile, recall)
         if not gate > pooled:
             yield (
                 f"The learned gate of {phase} finds no more than pooled keys do at equal density (recall "
-                f"{percent(gate)} against {percent(pooled)}); it needs more training, or is not worth its memory."
+                f"{percent(gate)} against {percent(pooled)}), which does not pay for its memory; {why(profile, phase)}"
             )
 
 

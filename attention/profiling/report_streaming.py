@@ -1,4 +1,4 @@
-"""Which heads stream, and whether where they look, and alphas that were trained, agree; gates against pooled keys."""
+"""Which heads stream, and whether where they look, and alphas that were trained, agree."""
 
 import math
 from collections.abc import Sequence
@@ -102,16 +102,3 @@ def _against(profile: Profile, far: dict[tuple[int, int], float]) -> str:
 
 def _mean(values: Sequence[float]) -> str:
     return percent(sum(values) / len(values)) if values else "–"
-
-
-def gates_section(profile: Profile) -> Section:
-    title = "Learned gates"
-    if profile.gates is None:
-        return Section("gates", title, ("No gates were trained.",))
-    rows = tuple(
-        (phase, percent(gate), percent(pooled), "better" if gate > pooled else "not better")
-        for phase, (gate, pooled) in profile.gates.items()
-    )
-    columns = ("phase", "recall of the gate", "recall of pooled keys", "the gate is")
-    said = ("Recall of dense attention mass at equal density, of the trained gate and of the mean keys of pages.",)
-    return Section("gates", title, said, (Table(columns, rows),))
