@@ -68,7 +68,8 @@ def test_the_policy_is_one_that_the_server_runs(profiled: Path) -> None:
     assert "keep:" in profiled.read_text("utf-8")
     assert (file.model.layers, file.model.kv_heads, file.model.query_heads, file.model.head_dim) == (4, 4, 8, 64)
     assert file.provenance.source == "profiled"
-    for said in ("768 tokens", "seed 0", "near:", "unseen", "torch"):
+    assert "command" not in file.provenance.note
+    for said in ("768 tokens", "seed 0", "near:", "unseen", "torch", "commit"):
         assert said in file.provenance.note
     assert run(("policy", "check"), profiled, "--model", "gossamer-demo").exit_code == 0
 
@@ -78,6 +79,8 @@ def test_a_report_lies_beside_it(profiled: Path) -> None:
     for shown in (page, text):
         assert "near" in shown
         assert "768" in shown
+    for known in ("commit", "machine", "command"):
+        assert f"| {known} | " in text
 
 
 def test_what_lies_beside_it_can_be_used(profiled: Path) -> None:

@@ -31,6 +31,7 @@ from gossamer.attention.profiling.subject import Progress, Subject
 from gossamer.kernels.layout import PAGE_SIZE
 
 PROBE = (64, 128)  # sink and recent tokens that a head is probed with
+COMMAND = "command"  # in `about`: for the report alone, too long for the policy's note
 Candidates = dict[Phase, tuple[Candidate, ...]]
 
 
@@ -46,7 +47,7 @@ class Profiler:
     progress: Progress
     device: DeviceProfile | None = None
     record: Record | None = None  # as in DeviceBench
-    about: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)  # what stands beside every reported number
     stopwatch: Stopwatch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -173,7 +174,7 @@ class Profiler:
         held = "; ".join(
             f"{point.name}: {point.unseen.divergence():.4f} nats from dense on unseen documents" for point in points
         )
-        about = ", ".join(f"{key} {value}" for key, value in self.about.items())
+        about = ", ".join(f"{key} {value}" for key, value in self.about.items() if key != COMMAND)
         return f"at {lengths} tokens, seed {self.settings.seed}; {held}; {about}."
 
 

@@ -14,13 +14,14 @@ from gossamer.attention.policy_yaml import to_yaml
 from gossamer.attention.profiling.device_times import load_device_profile, save_device_profile
 from gossamer.attention.profiling.gate_training import rotary_of
 from gossamer.attention.profiling.profile import Profile, Settings
-from gossamer.attention.profiling.profiler import Profiler
+from gossamer.attention.profiling.profiler import COMMAND, Profiler
 from gossamer.attention.profiling.reading import shape_of
 from gossamer.attention.profiling.report import write_report
 from gossamer.attention.profiling.state import State
 from gossamer.attention.profiling.subject import Progress, Subject
 from gossamer.attention.profiling.tasks import Filler, Split
 from gossamer.attention.profiling.text import library_lines
+from gossamer.server.bench.provenance import provenance
 from gossamer.server.config import ServerConfig
 from gossamer.server.engine.families import StartupError
 from gossamer.server.engine.graphs import CudaRecorder
@@ -75,9 +76,15 @@ def profile(job: Job, progress: Progress) -> Profile:
         "dtype": str(shape.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "gossamer": __version__,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    stable = {key: value for key, value in about.items() if key != "date"}
+    stable = dict(about)
+    made = provenance(shape.device.type)
+    about |= {
+        "commit": made["commit"],
+        "machine": f"{made['device']}, {made['threads']} threads",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        COMMAND: made["command"],
+    }
     found_by = replace(job.settings, bounds=(), compare=False, goal="latency", memory=None, train_heads=False)
     state = State(job.out.with_name(f".{job.name}.profile"), f"{stable}\n{found_by}\n{subject.chunk}\n")
     if state.resumed:
