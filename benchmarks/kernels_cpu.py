@@ -1,7 +1,7 @@
 """The attention kernels on this machine's CPU against torch's own attention, side by side.
 
     python benchmarks/kernels_cpu.py [prefill] [sparse] [decode] [--dtype bfloat16] [--repeat 7]
-        [--threads N] [--json FILE]
+        [--threads N] [--out benchmarks/results/kernels_cpu.json]
 
 Each line compares calls that were made in turn, and reports the median of each and of the ratio within a round.
 Prefill: a chunk on top of cached tokens, against one call of scaled_dot_product_attention (causal without cached
@@ -11,8 +11,6 @@ scaled_dot_product_attention.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +24,7 @@ from gossamer.kernels.compact import compact
 from gossamer.kernels.layout import UNLIMITED, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
+from gossamer.server.bench.provenance import provenance, write_report
 
 HEADS, KV_HEADS, DIM, PAGE = 8, 4, 64, 64
 TILE = 128 // (HEADS // KV_HEADS)  # 128 packed rows
@@ -158,7 +157,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--threads", type=int, help="threads torch may use; 1 where other work runs on the machine")
-    parser.add_argument("--json", type=Path, help="write the results here, with the machine and the versions")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -166,17 +165,9 @@ def main() -> None:
     parts = {"prefill": prefill, "sparse": sparse, "decode": decode}
     dtype = getattr(torch, options.dtype)
     results = [line for part in options.parts for line in parts[part](dtype, options.repeat)]
-    if options.json:
-        machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        machine |= {"capability": torch.backends.cpu.get_cpu_capability(), "dtype": options.dtype}
-        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name} ({', '.join(flag for flag in ('avx512_bf16', 'amx_bf16') if flag in flags) or 'no bf16 units'})"
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = {**provenance("cpu"), "capability": capability, "dtype": options.dtype, "results": results}
+    write_report(options.out, found)
 
 
 if __name__ == "__main__":
