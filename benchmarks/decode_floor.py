@@ -6,9 +6,10 @@ The least that any backend of ours does, written without us: no paging, no rules
 head layout. "attention": one call of torch's fused attention on keys that lie side by side, in another place each
 round, as nothing that was just read lies in a cache. "copied": the same for 32 pages in chosen places, which are copied
 first, since that call reads rows at one stride. "chosen": pages are scored by their mean keys first and the best are
-taken. Dense is the same call on all keys. What each gains over it, as a share of what it would gain if time went by the
-bytes read, is `of_limit`, as benchmarks/sparse_attention.py has it; all contestants run in turn, and ratios are medians
-over rounds.
+taken. "tokens": single tokens as double sparsity reads them, by 16 channels of each key; which of them are best is not
+even looked for, they are given. Dense is the same call on all keys. What each gains over it, as a share of what it
+would gain if time went by the bytes read, is `of_limit`, as benchmarks/sparse_attention.py has it; all contestants run
+in turn, and ratios are medians over rounds.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from gossamer.server.bench.provenance import provenance, write_report
 
 BUDGET = 2048
 PAGES = BUDGET // PAGE_SIZE
+CHANNELS = 16  # that tokens are scored by
 BYTES = 2  # of a bfloat16
 
 
@@ -39,6 +41,7 @@ class Floor:
         self.k, self.v = torch.randn(size, dtype=torch.bfloat16), torch.randn(size, dtype=torch.bfloat16)
         self.means = self.k.unflatten(1, (-1, PAGE_SIZE)).float().mean(2).bfloat16()
         self.q = torch.randn(self.rows, shape.ratio, self.dim, dtype=torch.bfloat16)
+        self.labels = self.k[..., :CHANNELS].contiguous()
         self.room = torch.empty(2, self.rows, BUDGET, self.dim, dtype=torch.bfloat16)
         self.first = torch.arange(self.rows)[:, None] * (length // PAGE_SIZE)
         self.round = 0
@@ -67,6 +70,15 @@ class Floor:
         scores = torch.bmm(self.q, self.means.transpose(1, 2)).amax(1)
         self.copied(scores.topk(PAGES, sorted=False).indices)
 
+    def tokens(self) -> None:
+        torch.bmm(self.q[..., :CHANNELS], self.labels.transpose(1, 2)).amax(1)
+        step = self.length // BUDGET
+        given = torch.arange(BUDGET) * step + self.round * 7 % step
+        at = (torch.arange(self.rows)[:, None] * self.length + given).flatten()
+        for keys, room in zip((self.k, self.v), self.room, strict=True):
+            torch.index_select(keys.view(-1, self.dim), 0, at, out=room.view(len(at), -1))
+        self.attend(self.room[0], self.room[1])
+
     def sizes(self) -> dict[str, int]:
         """Bytes that each has to read."""
         token = 2 * self.rows * self.dim * BYTES
@@ -76,6 +88,7 @@ class Floor:
             "attention": few,
             "copied": few,
             "chosen": few + self.means.numel() * BYTES,
+            "tokens": few + self.labels.numel() * BYTES,
         }
 
 
@@ -86,6 +99,7 @@ def measure(floor: Floor, rounds: int) -> dict[str, list[float]]:
         "attention": floor.attention,
         "copied": floor.copied,
         "chosen": floor.chosen,
+        "tokens": floor.tokens,
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
@@ -132,7 +146,7 @@ def main() -> None:
         for length in options.lengths:
             for batch in options.batches:
                 found += results(shape, length, batch, options.rounds)
-                for line in found[-4:]:
+                for line in found[-5:]:
                     print(line)
     write_report(options.out, {**provenance("cpu"), "shape": options.heads, "results": found})
 
