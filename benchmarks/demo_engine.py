@@ -6,7 +6,7 @@ from gossamer.attention.policy import AttentionPolicy
 from gossamer.server.config import ServerConfig
 from gossamer.server.engine.build import build_engine
 from gossamer.server.engine.engine import Engine
-from gossamer.server.engine.loop import Observer
+from gossamer.server.engine.observer import Observer
 
 
 class Silent:

@@ -16,6 +16,7 @@ from gossamer.server.config import ServerConfig
 from gossamer.server.engine.build import assemble, attention_policy
 from gossamer.server.engine.engine import Engine, Ticket
 from gossamer.server.engine.model import Model, load_model
+from gossamer.server.engine.observer import Sheltered
 from gossamer.server.engine.quality import Checked
 from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
 from gossamer.server.engine.request import Delta, Event, Request, SamplingParams, Started
@@ -34,15 +35,16 @@ class Records:
     steps: list[StepRecord] = field(default_factory=list)
     ended: list[RequestRecord] = field(default_factory=list)
     checks: list[Checked] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)  # seconds, for first tokens and between tokens
 
     def step(self, record: StepRecord) -> None:
         self.steps.append(record)
 
     def first_token(self, record: FirstToken) -> None:
-        assert record.seconds >= 0
+        self.waits.append(record.seconds)
 
     def inter_token(self, seconds: float) -> None:
-        assert seconds >= 0
+        self.waits.append(seconds)
 
     def finished(self, record: RequestRecord) -> None:
         self.ended.append(record)
@@ -122,9 +124,9 @@ class Brake:
 
 def records_of(engine: Engine) -> Records:
     """What a test engine has told its observer."""
-    observer = engine._loop.observer
-    assert isinstance(observer, Records)
-    return observer
+    sheltered = engine._loop.observer
+    assert isinstance(sheltered, Sheltered) and isinstance(sheltered.observer, Records)
+    return sheltered.observer
 
 
 def ask(engine: Engine, prompt: Sequence[int], *, n: int = 1, **params: Any) -> Answer:
@@ -178,7 +180,7 @@ def load_tiny(settings: ServerConfig) -> Model:
 
 @contextmanager
 def running_engine(path: Path | str, **options: Any) -> Iterator[Engine]:
-    """A started engine, whose pools must be whole again at the end."""
+    """A started engine, whose pools must be whole again at the end, and its clock have run forwards."""
     engine, _ = make_engine(path, **options)
     engine.start()
     try:
@@ -187,3 +189,4 @@ def running_engine(path: Path | str, **options: Any) -> Iterator[Engine]:
         engine.stop(0.0)
         engine.cache.audit()
         assert all(pool.pages_owned == 0 for pool in engine.cache.stats()), "pages are still owned after the end"
+        assert min(records_of(engine).waits, default=0.0) >= 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Answer, Brake, ask, load_tiny, make_engine, records_of, running_engine
+from engines import Answer, Brake, Records, ask, load_tiny, make_engine, records_of, running_engine
 from tiny_models import VOCAB, save_tiny_model
 from torch import Tensor
 
@@ -220,6 +220,24 @@ def test_a_callback_that_raises_at_the_end(checkpoint: Path, model: Model, monke
     brake.release()
     engine.stop(0.0)
     assert failed(running, loop.SHUT_DOWN) and failed(last, loop.SHUT_DOWN) and whole_again(engine)
+
+
+def test_an_observer_that_raises_harms_nobody(
+    checkpoint: Path, model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And is heard of once for each kind of news, not with every token."""
+
+    def fail(records: Records, news: object) -> None:
+        raise RuntimeError("out of room for numbers")
+
+    kinds = ("step", "first_token", "inter_token", "finished")
+    for kind in kinds:
+        monkeypatch.setattr(Records, kind, fail)
+    with running_engine(checkpoint, model=model) as engine:
+        for _ in range(2):
+            assert len(ask(engine, prompt(50)).tokens()) == 16
+        assert engine.health().ready
+    assert caplog.text.count("an observer of the engine failed") == len(kinds)
 
 
 def test_a_fault_outside_a_step_ends_the_engine(

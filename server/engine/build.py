@@ -25,9 +25,10 @@ from gossamer.server.engine.engine import Engine, ModelCard
 from gossamer.server.engine.executor import Executor
 from gossamer.server.engine.families import StartupError
 from gossamer.server.engine.graphs import CudaRecorder, DecodeGraphs
-from gossamer.server.engine.loop import Loop, Observer
+from gossamer.server.engine.loop import Loop
 from gossamer.server.engine.memory import cache_memory
 from gossamer.server.engine.model import Model, load_config, load_model
+from gossamer.server.engine.observer import Observer, Sheltered
 from gossamer.server.engine.pace import Pace
 from gossamer.server.engine.quality import Bounds, Guard
 from gossamer.server.engine.sampler import Sampler
@@ -146,7 +147,7 @@ def assemble(
     quality = QualitySampler(config.quality_sample_rate, shape.windows) if config.quality_sample_rate else None
     guard = Guard(Bounds(config.quality_min_recall, config.quality_max_error), policy, config.quality_fall_back)
     executor = Executor(model, cache, Sampler(), quality=quality)
-    loop = Loop(scheduler, executor, load, metrics, guard, audit, ahead)
+    loop = Loop(scheduler, executor, load, Sheltered(metrics), guard, audit, ahead)
     card = ModelCard(
         name=config.names[0],
         names=config.names,

@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from typing import Protocol
 
 from gossamer.server.engine.admission import QueueLoad
 from gossamer.server.engine.choice import NOT_FINITE
 from gossamer.server.engine.executor import Executor, Launched, Outcome
 from gossamer.server.engine.inflight import InFlight
-from gossamer.server.engine.quality import Checked, Guard
+from gossamer.server.engine.observer import Observer
+from gossamer.server.engine.quality import Guard
 from gossamer.server.engine.records import FirstToken, RequestRecord, StepRecord
 from gossamer.server.engine.request import AttentionUse, Event, FinishReason, Progress, Started
 from gossamer.server.engine.scheduler import Part, Scheduler
@@ -50,16 +50,6 @@ class Cancel:
 @dataclass(frozen=True, slots=True)
 class Stop:
     deadline: float  # monotonic seconds
-
-
-class Observer(Protocol):
-    """Who wants to know what happens; called on the engine thread."""
-
-    def step(self, record: StepRecord) -> None: ...
-    def first_token(self, record: FirstToken) -> None: ...
-    def inter_token(self, seconds: float) -> None: ...
-    def finished(self, record: RequestRecord) -> None: ...
-    def checked(self, checked: Checked) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
