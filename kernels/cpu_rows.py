@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.kernels.cpu_attention import attend, merge
+from gossamer.kernels.cpu_attention import attend_in_pieces, merge
 from gossamer.kernels.cpu_gathered import padded_width
 from gossamer.kernels.cpu_pages import pools, read_pages, read_rows
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
@@ -40,10 +40,10 @@ def attend_rows(
         heads = kv.heads.long()[part[0]][:, None] * kv.ratio + torch.arange(kv.ratio)
         place = (blocks.token.long()[part[1]][:, None], heads)
         packed = q[place].unsqueeze(2)
-        parts = [
-            attend(packed[some], k, v, scale=scale, softcap=softcap, visible=visible)
-            for some, k, v, visible in keys.copies(kv, q.dtype)
-        ]
+        parts = []
+        for some, k, v, visible, piece in keys.copies(kv, q.dtype):
+            cut = attend_in_pieces(packed[some], k, v, scale=scale, softcap=softcap, visible=visible, piece=piece)
+            parts.append(merge(cut))
         whole = (torch.cat([each for each, _ in parts]), torch.cat([each for _, each in parts]))
         merged, total = merge([whole], None if sinks is None else sinks[heads])
         out[place], lse[place] = merged.squeeze(2).to(out.dtype), total.squeeze(2)
@@ -75,15 +75,16 @@ class RowKeys:
     visible: Tensor  # [X, 1, keys]
     unwritten: Tensor | None  # [X, S] of the query's own page; None where a row says what it reads token by token
 
-    def copies(self, kv: PagedKV, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Rows, their keys and values [x, keys, D] and what is visible, as many at a time as COPIED_BYTES holds. What
-        was given is overwritten by what comes next. Keys and values in unwritten places are 0."""
+    def copies(self, kv: PagedKV, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, int]]:
+        """Rows, their keys and values [x, keys, D] and what is visible, as many at a time as COPIED_BYTES holds; and
+        how many keys a core should take at once: all of a row's, unless so few rows would leave cores without work.
+        What was given is overwritten by what comes next. Keys and values in unwritten places are 0."""
         (rows, _, keys), dim, both = self.visible.shape, kv.k.shape[3], pools(kv, dtype)
         dtype = both[0].dtype
         most = max(1, COPIED_BYTES // (keys * 2 * dim * dtype.itemsize))
-        room = torch.empty(
-            2, min(rows, most), keys, dim, dtype=dtype
-        )  # one for all: fresh memory costs more than the copy
+        piece = -(-keys // -(-torch.get_num_threads() // most))  # whatever its neighbours: not by `rows`
+        size = 2, min(rows, most), keys, dim
+        room = torch.empty(size, dtype=dtype)  # one for all: fresh memory costs more than the copy
         for low in range(0, rows, most):
             some = slice(low, low + most)
             copy = room[:, : min(rows - low, most)]
@@ -94,7 +95,7 @@ class RowKeys:
                     read_rows(pool, self.slots[some], to)
             if self.unwritten is not None:
                 copy[:, :, : kv.page_size].masked_fill_(self.unwritten[some, :, None], 0)
-            yield some, copy[0], copy[1], self.visible[some]
+            yield some, copy[0], copy[1], self.visible[some], piece
 
 
 def _page_keys(

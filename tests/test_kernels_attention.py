@@ -133,6 +133,27 @@ def test_copies_that_hold_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch, tok
     )
 
 
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("tokens", [0, 50])
+@pytest.mark.parametrize("cores", [2, 3, 5])
+def test_rows_are_cut_into_pieces_where_fewer_are_copied_at_once_than_there_are_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, tokens: int, softcap: float
+) -> None:
+    """Whatever a piece sees of its row: also nothing, or a part of a page."""
+    monkeypatch.setattr(cpu_rows, "COPIED_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    spans = [(700, 1), (1290, 1), (130, 1)]
+    case = make_case(spans, tile=1, density=0.5, tokens=tokens, windows=((0, UNLIMITED), (70, 300)))
+    run(case, softcap)
+    together, lse = case.blank()
+    options = {"scale": case.scale, "softcap": softcap}
+    paged_decode(case.q, case.kv, case.blocks, case.index, together, lse, **options)
+    for n, row in enumerate(case.blocks.rows):
+        alone, _ = case.blank()
+        paged_decode(case.q, case.kv, *case.only(n), alone, lse, **options)
+        assert torch.equal(alone[row.token], together[row.token])
+
+
 @pytest.mark.parametrize(("density", "same_heads"), [(1.0, False), (0.6, False), (0.6, True)])
 def test_a_result_does_not_depend_on_its_neighbours(density: float, same_heads: bool) -> None:
     spans = [(past, 1) for past in (40, 90, 300, 450, 900, 2000, 2300, 2700)]
