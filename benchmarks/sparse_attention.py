@@ -6,7 +6,8 @@ Queries, keys and values are noise, which no selector finds easy, at the shape o
 heads, 4 KV heads of 64) or another. All backends run on the same cache within a round, in turn, and ratios are medians
 over rounds. "given": the kernel alone, with its index; "selected": with the selection and with writing the page
 summaries that it needs. "of_limit": what a generated token gains over dense, as a share of what it would gain if time
-went by the bytes read (keys, values, summaries). On a GPU every part waits for the device.
+went by the bytes read (keys, values, summaries). On a CPU what torch's own calls reach stands beside it
+(benchmarks/decode_floor.py). On a GPU every part waits for the device.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode_floor import Floor
 from torch import Tensor, nn
 
 from gossamer.attention.attend import attend
@@ -260,9 +262,17 @@ def decode(shape: Shape, length: int, batch: int, tokens: int, rounds: int) -> l
     store(shape.noise(batch, shape.kv_heads), shape.noise(batch, shape.kv_heads), kv, step.decode)
     race.run(q, kv, step.decode)
     race.times.clear()
-    for _ in range(rounds):
+    floor = Floor(q, kv, length, tokens) if shape.device == "cpu" else None
+    bare: dict[str, list[float]] = {}
+    for number in range(rounds):
         race.begin()
         race.run(q, kv, step.decode)
+        if floor is not None:
+            floor.round = number
+            for name, call in floor.contestants().items():
+                began = now(shape.device)
+                call()
+                bare.setdefault(name, []).append(now(shape.device) - began)
     bandwidth = read_bandwidth(shape.device)
     sizes: dict[str, int] = {}
     results = []
@@ -278,6 +288,11 @@ def decode(shape: Shape, length: int, batch: int, tokens: int, rounds: int) -> l
             "bytes": size,
         }
         results.append({"what": "decode", "length": length, "batch": batch, "backend": name, **own, **limit})
+    for name, seconds in bare.items() if floor is not None else ():
+        faster, size = ratio(race.times["dense"].totals, seconds), floor.size(name)
+        bounds = {"times_faster": faster, "of_limit": round(faster * size / sizes["dense"], 4), "bytes": size}
+        line = {"what": "decode by torch alone", "length": length, "batch": batch, "backend": name}
+        results.append({**line, "seconds": round(statistics.median(seconds), 6), **bounds})
     return results
 
 

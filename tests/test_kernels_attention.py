@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import Case, check, make_case, reference
 
-from gossamer.kernels import cpu_rows
+from gossamer.kernels import cpu_gathered, cpu_rows
 from gossamer.kernels.layout import NULL_PAGE, UNLIMITED, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
@@ -131,6 +131,14 @@ def test_copies_that_hold_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch, tok
             [(700, 1), (640, 1), (130, 1)], tile=1, density=0.5, tokens=tokens, windows=((0, UNLIMITED), (70, 300))
         )
     )
+
+
+def test_widths_are_padded_by_an_eighth_at_most() -> None:
+    for count in range(1, 3000):
+        width = cpu_gathered.padded(count)
+        assert width == int(cpu_gathered.padded_width(torch.tensor([count]))[0])
+        assert count <= width <= max(2 * count - 1, 1) and (count <= 8 or width <= count * 9 / 8)
+    assert len({cpu_gathered.padded(count) for count in range(1, 1025)}) == 4 + 8 * 7
 
 
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
