@@ -40,8 +40,8 @@ def joined(files: Sequence[dict[str, Any]]) -> Found:
     for file in files:
         for outcome in outcomes(file):
             place = (outcome.point, outcome.question.document, outcome.question.number)
-            if known.setdefault(place, outcome).answer.text != outcome.answer.text:
-                raise SystemExit(f"The files disagree in what {place} answers; join no such files.")
+            if known.setdefault(place, outcome).score != outcome.score:  # what is wrong may be wrong in another way
+                raise SystemExit(f"The files disagree in how well {place} answers; join no such files.")
     if any((point, *place) not in known for _, *place in known for point in points):
         raise SystemExit("The files do not ask every point the same questions; leave one out.")
     return Found(tuple(points), DENSE, files[0]["text"], outcomes=list(known.values()))
