@@ -13,7 +13,7 @@ from gossamer.attention.profiling.profile import Bound
 from gossamer.attention.profiling.search import Plan, Search
 from tests.test_profiling_search import LENGTHS, costs, found
 
-TIGHT, WIDE = Bound("balanced", 1.0, 0.1), Bound("fast", 1.0, 0.5)
+TIGHT, WIDE = Bound("balanced", 1.0, 0.1), Bound("fast", 4.0, 0.5)
 MOST = 16.0
 
 
@@ -32,7 +32,7 @@ def chooser(divergence: Callable[[float], float], cost: Callable[[float], float]
         return trial(divergence(heads[0][0].prefill / 1000)), trial(0.0)
 
     trials = SimpleNamespace(
-        settings=SimpleNamespace(lengths=LENGTHS),
+        settings=SimpleNamespace(lengths=LENGTHS, bounds=(WIDE, TIGHT)),
         all_dense=((DENSE,),),
         progress=SimpleNamespace(say=lambda text: None),
         beside_dense=beside_dense,
@@ -69,6 +69,14 @@ def test_a_wider_bound_gets_no_dearer_plan_than_a_tighter_one() -> None:
     ours = chooser(lambda budget: budget, lambda budget: falling(budget) + 0.5 * (budget > 0.1))
     plans = [ours.find(bound) for bound in (TIGHT, WIDE)]
     assert plans[0] == plans[1]
+
+
+def test_what_held_a_wider_bound_says_nothing_of_a_tighter_one() -> None:
+    """Points may be asked for in any order."""
+    ours = chooser(lambda budget: budget, falling)
+    plans = [ours.find(bound) for bound in (WIDE, TIGHT)]
+    assert TIGHT.divergence < plans[0].divergence <= WIDE.divergence
+    assert 0.9 * TIGHT.divergence < plans[1].divergence <= TIGHT.divergence
 
 
 def test_dense_is_chosen_where_nothing_holds_and_where_nothing_that_does_is_cheaper() -> None:

@@ -154,8 +154,7 @@ class Chooser:
     def find(self, bound: Bound) -> Plan:
         """The cheapest plan that holds the bound of those tried while the budget of predicted divergence is bisected,
         and of those that held a tighter bound before; dense where none does."""
-        before = [each for each in self.attempts if each.held]
-        low, high = max([bound.divergence / WIDE, *(each.budget for each in before)]), self.search.most
+        low, high = max([bound.divergence / WIDE, *(each.budget for each in self._known(bound))]), self.search.most
         if not self._holds(bound, high):
             for _ in range(ROUNDS):
                 middle = (low * high) ** 0.5
@@ -163,9 +162,17 @@ class Chooser:
                     low = middle
                 else:
                     high = middle
-        held = [*before, *(each for each in self.attempts if each.held and each.point == bound.name)]
-        plans = [self.search.judged(self.trials.all_dense), *(each.plan for each in held)]
+        plans = [self.search.judged(self.trials.all_dense), *(each.plan for each in self._known(bound))]
         return min(plans, key=lambda plan: (plan.cost, plan.divergence))
+
+    def _known(self, bound: Bound) -> list[Attempt]:
+        """That hold it, or one that is no wider."""
+        points = {
+            each.name
+            for each in self.trials.settings.bounds
+            if each.points <= bound.points and each.divergence <= bound.divergence
+        }
+        return [each for each in self.attempts if each.held and each.point in points]
 
     def _holds(self, bound: Bound, budget: float) -> bool:
         """Whether the plan of this budget holds; every attempt is kept."""

@@ -29,7 +29,7 @@ def gates_section(profile: Profile) -> Section:
     title = "Learned gates"
     if profile.gates is None:
         return Section("gates", title, ("No gates were trained.",))
-    rows, said, gains = [], [], {}
+    shape, rows, said, gains = profile.shape, [], [], {}
     for phase, recall in profile.gates.items():
         gain = _gain(profile, recall)
         gate, pooled = means(profile, recall)
@@ -37,11 +37,9 @@ def gates_section(profile: Profile) -> Section:
         verdict = "better" if gate > pooled else "not better"
         rows.append((phase, percent(gate), percent(pooled), verdict, f"{better} of {len(gain)}", f"{worse}"))
         said.append(why(profile, phase))
-        gains[phase] = [[gain.get((layer, head)) for head in range(recall.gate.shape[1])] for layer in _layers(profile)]
-    columns = (
-        *("phase", "recall of the gate", "recall of pooled keys", "the gate is"),
-        *("heads where it finds 1 point more", "1 point less"),
-    )
+        gains[phase] = [[gain.get((layer, head)) for head in range(shape.kv_heads)] for layer in range(shape.layers)]
+    heads = ("heads where it finds 1 point more", "1 point less")
+    columns = ("phase", "recall of the gate", "recall of pooled keys", "the gate is", *heads)
     scale = Scale.over(
         list(gains.values()), lambda gain: f"{points(100 * gain)} points", lambda gain: points(100 * gain)
     )
@@ -71,7 +69,8 @@ def why(profile: Profile, phase: Phase) -> str:
     text = f"{phase}: {'; '.join(told) or 'no head gains or loses a point'}."
     if not rest:
         return text
-    looks, far = profile.looks[longest(profile)], profile.looks[longest(profile)].far
+    looks = profile.looks[longest(profile)]
+    far = looks.far
     pages: Tensor = looks.pages / looks.queries.clamp(min=1)
     even = [place for place in rest if float(pages[place]) >= EVEN]
     close = [place for place in rest if place not in even and 1 - float(far[place]) >= CLOSE]
@@ -93,10 +92,6 @@ def why(profile: Profile, phase: Phase) -> str:
 
 def _gain(profile: Profile, recall: GateRecall) -> dict[Place, float]:
     return {place: float(recall.gate[place] - recall.pooled[place]) for place in heads_of(profile)}
-
-
-def _layers(profile: Profile) -> range:
-    return range(profile.shape.layers)
 
 
 def _most(where: list[Place], gain: dict[Place, float], what: str) -> str:
