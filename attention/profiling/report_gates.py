@@ -40,9 +40,7 @@ def gates_section(profile: Profile) -> Section:
         gains[phase] = [[gain.get((layer, head)) for head in range(shape.kv_heads)] for layer in range(shape.layers)]
     heads = ("heads where it finds 1 point more", "1 point less")
     columns = ("phase", "recall of the gate", "recall of pooled keys", "the gate is", *heads)
-    scale = Scale.over(
-        list(gains.values()), lambda gain: f"{points(100 * gain)} points", lambda gain: points(100 * gain)
-    )
+    scale = Scale.over(list(gains.values()), _in_points, _in_points)
     pictures = (*(Picture(heat_map(phase, values, scale)) for phase, values in gains.items()), Picture(scale.bar()))
     begin = (
         "Recall of dense attention's mass under the same budgets, of the trained gate and of the mean keys of pages, "
@@ -88,6 +86,10 @@ def why(profile: Profile, phase: Phase) -> str:
     if others:
         kinds.append(f"{others} {'has' if others == 1 else 'have'} something to find that pooled keys find as well")
     return f"{text} Of the {number_of(len(rest), 'head')} that gain less than a point, {listed(kinds)}."
+
+
+def _in_points(gain: float) -> str:
+    return points(100 * gain)
 
 
 def _gain(profile: Profile, recall: GateRecall) -> dict[Place, float]:
