@@ -3,9 +3,10 @@
 What to copy is worked out in numpy, whose small operations take a third of the time of torch's.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,14 +39,10 @@ def attend_rows(
 ) -> None:
     """As paged_decode, for the rows (head[x], block[x]) alone. Rows that read about as much are one attention."""
     every = head.numpy(), block.numpy()
-    counts = index.count.numpy()[every].tolist()
-    tokens = [0] * len(counts) if index.token_count is None else index.token_count.numpy()[every].tolist()
-    for (pages, singles), rows in _alike(counts, tokens).items():
-        part = every if len(rows) == len(counts) else (every[0][rows], every[1][rows])
-        if singles:
-            keys = _token_keys(kv, blocks, index, *part, pages, singles)
-        else:
-            keys = _page_keys(kv, blocks, index, *part, pages)
+    for width, rows in _alike(kv, blocks, index, *every).items():
+        part = every if len(rows) == len(every[0]) and not width.even else (every[0][rows], every[1][rows])
+        make = _even_keys if width.even else _token_keys if width.singles else _page_keys
+        keys = make(kv, blocks, index, *part, width)
         heads = torch.from_numpy(kv.heads.numpy()[part[0]][:, None] * kv.ratio + np.arange(kv.ratio))
         place = (torch.from_numpy(blocks.token.numpy()[part[1]].astype(np.int64))[:, None], heads)
         packed = q[place].unsqueeze(2)
@@ -58,12 +55,33 @@ def attend_rows(
         out[place], lse[place] = merged.squeeze(2).to(out.dtype), total.squeeze(2)
 
 
-def _alike(counts: Sequence[int], tokens: Sequence[int]) -> dict[tuple[int, int], list[int]]:
-    """Rows that read about as many pages and single tokens, by the widths to pad to, which a row's own counts decide:
-    its result does not depend on its neighbours."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for row, (count, singles) in enumerate(zip(counts, tokens, strict=True)):
-        found.setdefault((padded(count), padded(singles) if singles else 0), []).append(row)
+class Width(NamedTuple):
+    """What rows are copied to together: pages and single tokens of each; exactly so many pages if `even`, which are all
+    that the rows may see but for the end of the last one."""
+
+    pages: int
+    singles: int
+    even: bool
+
+
+def _alike(kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, head: Array, block: Array) -> dict[Width, list[int]]:
+    """Rows by width, which a sequence's own counts decide: its result does not depend on its neighbours. Where rows of
+    one sequence that read equally many pages fill a copy they need no mask."""
+    counts = index.count.numpy()[head, block].tolist()
+    singles = [0] * len(counts) if index.token_count is None else index.token_count.numpy()[head, block].tolist()
+    seq, pos = blocks.seq.numpy()[block], blocks.pos.numpy()[block]
+    unlimited = (kv.window.numpy()[seq, head] > pos).tolist()
+    same: dict[tuple[int, int, int, bool], list[int]] = {}
+    for row, key in enumerate(zip(block.tolist(), counts, singles, unlimited, strict=True)):
+        same.setdefault(key, []).append(row)
+    found: dict[Width, list[int]] = {}
+    token_bytes = 2 * kv.v.shape[3] * kv.v.element_size()
+    for (_, count, tokens, free), rows in sorted(same.items()):
+        if free and not tokens and len(rows) * count * kv.page_size * token_bytes >= COPIED_BYTES:
+            width = Width(count, 0, True)
+        else:
+            width = Width(padded(count), padded(tokens) if tokens else 0, False)
+        found.setdefault(width, []).extend(rows)
     return found
 
 
@@ -72,54 +90,75 @@ class RowKeys:
     """What some rows read: whole pages, or single tokens."""
 
     head: Tensor  # [X]
-    pages: Tensor | None  # [X, n] physical pages, the query's own first; or else
+    pages: Tensor | None  # [X, n] physical pages; or else
     slots: Tensor | None  # [X, n] tokens, counted over G * P * S
-    visible: Tensor  # [X, 1, keys]
-    unwritten: Tensor | None  # [X, S] of the query's own page; None where a row says what it reads token by token
+    width: int  # keys copied for each row
+    runs: Sequence[tuple[int, int, int]]  # rows from, to, and how many of the first of their keys they may see at most
+    visible: Tensor | None = None  # [X, 1, width]; None: all of these
+    unwritten: Tensor | None = None  # [X, S] of the first page, which is the query's own then
 
-    def copies(self, kv: PagedKV, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, int]]:
+    def copies(self, kv: PagedKV, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, int]]:
         """Rows, their keys and values [x, keys, D] and what is visible, as many at a time as COPIED_BYTES holds; and
         how many keys a core should take at once: all of a row's, unless so few rows would leave cores without work.
         What was given is overwritten by what comes next. Keys and values in unwritten places are 0."""
-        (rows, _, keys), dim, both = self.visible.shape, kv.k.shape[3], pools(kv, dtype)
+        dim, both = kv.k.shape[3], pools(kv, dtype)
         dtype = both[0].dtype
-        most = max(1, COPIED_BYTES // (keys * 2 * dim * dtype.itemsize))
-        piece = -(-keys // -(-torch.get_num_threads() // most))  # whatever its neighbours: not by `rows`
-        size = 2, min(rows, most), keys, dim
+        most = max(1, COPIED_BYTES // (self.width * 2 * dim * dtype.itemsize))
+        cores = -(-torch.get_num_threads() // most)  # for a row, whatever its neighbours: not by how many they are
+        size = 2, min(max(last - first for first, last, _ in self.runs), most), self.width, dim
         room = torch.empty(size, dtype=dtype)  # one for all: fresh memory costs more than the copy
-        for low in range(0, rows, most):
-            some = slice(low, low + most)
-            copy = room[:, : min(rows - low, most)]
-            for pool, to in zip(both, copy, strict=True):
-                if self.pages is not None:
-                    read_pages(pool, self.head[some], self.pages[some], to)
-                elif self.slots is not None:
-                    read_rows(pool, self.slots[some], to)
-            if self.unwritten is not None:
-                copy[:, :, : kv.page_size].masked_fill_(self.unwritten[some, :, None], 0)
-            yield some, copy[0], copy[1], self.visible[some], piece
+        for first, last, seen in self.runs:
+            for low in range(first, last, most):
+                some = slice(low, min(low + most, last))
+                copy = room[:, : some.stop - low]
+                for pool, to in zip(both, copy, strict=True):
+                    if self.pages is not None:
+                        read_pages(pool, self.head[some], self.pages[some], to)
+                    elif self.slots is not None:
+                        read_rows(pool, self.slots[some], to)
+                if self.unwritten is not None:
+                    copy[:, :, : kv.page_size].masked_fill_(self.unwritten[some, :, None], 0)
+                visible = None if self.visible is None else self.visible[some]
+                yield some, copy[0, :, :seen], copy[1, :, :seen], visible, max(1, seen // cores)
 
 
-def _page_keys(kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, head: Array, block: Array, pages: int) -> RowKeys:
+def _even_keys(
+    kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, head: Array, block: Array, width: Width
+) -> RowKeys:
+    """Of even rows, which lie sequence by sequence. The query's own page is the last."""
+    seq, pos, size = blocks.seq.numpy()[block][:, None], blocks.pos.numpy()[block], kv.page_size
+    at = index.start.numpy()[head, block][:, None] + np.arange(width.pages, dtype=np.int32)
+    page = kv.table.numpy()[seq, index.pages.numpy()[at]].astype(np.int64)
+    keys = width.pages * size
+    edges = [0, *(np.flatnonzero(block[1:] != block[:-1]) + 1).tolist(), len(block)]
+    seen = (keys - size + pos % size + 1).tolist()
+    runs = [(first, last, seen[first]) for first, last in itertools.pairwise(edges)]
+    return RowKeys(torch.from_numpy(head), torch.from_numpy(page), None, keys, runs)
+
+
+def _page_keys(
+    kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, head: Array, block: Array, width: Width
+) -> RowKeys:
     """Of rows without single tokens. The query's own page, the last of a run, comes first; short runs repeat their
     first."""
     seq, pos, size = blocks.seq.numpy()[block], blocks.pos.numpy()[block][:, None], kv.page_size
-    count, column = index.count.numpy()[head, block][:, None], np.arange(pages, dtype=np.int32)
+    count, column = index.count.numpy()[head, block][:, None], np.arange(width.pages, dtype=np.int32)
     real = column < count
     turned = np.where(real, (column + count - 1) % count, 0)
     page = index.pages.numpy()[index.start.numpy()[head, block][:, None] + turned]
     token = np.arange(size, dtype=np.int32)
     unwritten = token > pos % size
     if (kv.window.numpy()[seq, head][:, None] > pos).all():
-        visible = np.ones((len(head), pages * size), dtype=np.bool_)
+        visible = np.ones((len(head), width.pages * size), dtype=np.bool_)
         visible[:, :size] = ~unwritten
     else:
         visible = _sees(kv, seq, head, (page[..., None] * size + token).reshape(len(head), -1), pos)
     if not real.all():
         visible &= real.repeat(size, 1)
-    physical = kv.table.numpy()[seq[:, None], page].astype(np.int64)
+    physical = torch.from_numpy(kv.table.numpy()[seq[:, None], page].astype(np.int64))
     shown, none = torch.from_numpy(visible)[:, None], torch.from_numpy(unwritten)
-    return RowKeys(torch.from_numpy(head), torch.from_numpy(physical), None, shown, none)
+    keys = width.pages * size
+    return RowKeys(torch.from_numpy(head), physical, None, keys, [(0, len(head), keys)], shown, none)
 
 
 def _sees(kv: PagedKV, seq: Array, head: Array, key: Array, pos: Array) -> Array:
@@ -133,21 +172,22 @@ NO_PAGE = 2**24  # lies in every query's future
 
 
 def _token_keys(
-    kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, head: Array, block: Array, pages: int, singles: int
+    kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, head: Array, block: Array, width: Width
 ) -> RowKeys:
     """Of rows with single tokens. Places that a row may not see hold its own key."""
     seq, pos = blocks.seq.numpy()[block], blocks.pos.numpy()[block][:, None]
-    page = _run(index.pages, index.start, index.count, head, block, pages, NO_PAGE)
+    page = _run(index.pages, index.start, index.count, head, block, width.pages, NO_PAGE)
     key = (page[..., None] * kv.page_size + np.arange(kv.page_size, dtype=np.int32)).reshape(len(head), -1)
     assert index.tokens is not None and index.token_start is not None and index.token_count is not None
-    single = _run(index.tokens, index.token_start, index.token_count, head, block, singles, NO_PAGE * kv.page_size)
+    behind = NO_PAGE * kv.page_size
+    single = _run(index.tokens, index.token_start, index.token_count, head, block, width.singles, behind)
     key = np.concatenate((key, single), 1)
     visible = _sees(kv, seq, head, key, pos)
     key = np.where(visible, key, pos)
     physical = kv.table.numpy()[seq[:, None], key // kv.page_size].astype(np.int64)
-    slot = (head[:, None] * kv.k.shape[1] + physical) * kv.page_size + key % kv.page_size
-    shown = torch.from_numpy(visible)[:, None]
-    return RowKeys(torch.from_numpy(head), None, torch.from_numpy(slot), shown, None)
+    slot = torch.from_numpy((head[:, None] * kv.k.shape[1] + physical) * kv.page_size + key % kv.page_size)
+    shown, keys = torch.from_numpy(visible)[:, None], key.shape[1]
+    return RowKeys(torch.from_numpy(head), None, slot, keys, [(0, len(head), keys)], shown)
 
 
 def _run(values: Tensor, start: Tensor, count: Tensor, head: Array, block: Array, width: int, fill: int) -> Array:

@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 from kernel_cases import Case, check, make_case, reference
+from torch import Tensor
 
 from gossamer.kernels import cpu_gathered, cpu_rows
-from gossamer.kernels.layout import NULL_PAGE, UNLIMITED, PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.cpu_attention import Part
+from gossamer.kernels.layout import NULL_PAGE, PAGE_SIZE, UNLIMITED, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
 
@@ -124,13 +126,43 @@ def test_everything_selected_equals_plain_attention() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 20])
-def test_copies_that_hold_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    monkeypatch.setattr(cpu_rows, "COPIED_BYTES", 1)
-    run(
-        make_case(
-            [(700, 1), (640, 1), (130, 1)], tile=1, density=0.5, tokens=tokens, windows=((0, UNLIMITED), (70, 300))
+@pytest.mark.parametrize("copied", [1, 1 << 20])
+def test_copies_that_hold_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, tokens: int, copied: int) -> None:
+    """One, or three of four that read equally much."""
+    monkeypatch.setattr(cpu_rows, "COPIED_BYTES", copied)
+    spans = [(700, 1), (640, 1), (130, 1), (1100, 1)]
+    for windows, same_heads in (((0, UNLIMITED), (70, 300)), False), (((0, UNLIMITED),), True):
+        run(
+            make_case(
+                spans,
+                tile=1,
+                density=0.5,
+                tokens=tokens,
+                windows=windows,
+                heads=(0, 1, 3, 4),
+                layer_heads=5,
+                same_heads=same_heads,
+            )
         )
-    )
+
+
+def test_a_sequence_whose_heads_fill_a_copy_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a core takes of a row is a part of what the row may see."""
+    seen: list[tuple[int, Tensor | None, int]] = []
+    attend = cpu_rows.attend_in_pieces
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, piece: int, **options: float) -> list[Part]:
+        seen.append((k.shape[1], visible, piece))
+        return attend(q, k, v, visible=visible, piece=piece, **options)
+
+    monkeypatch.setattr(cpu_rows, "attend_in_pieces", noted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for copied, cores in ((1 << 19, 1), (1, 2)):
+        monkeypatch.setattr(cpu_rows, "COPIED_BYTES", copied)
+        run(make_case([(1100, 1), (1000, 1)], tile=1, density=0.5, same_heads=True, heads=(0, 1, 2, 3)))
+        assert seen and all(visible is None and keys % PAGE_SIZE in (1101 % 64, 1001 % 64) for keys, visible, _ in seen)
+        assert all(piece == keys // cores for keys, _, piece in seen)
+        seen.clear()
 
 
 def test_widths_are_padded_by_an_eighth_at_most() -> None:
