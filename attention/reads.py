@@ -27,21 +27,21 @@ class SpanReads(NamedTuple):
 class Reads:
     """Adds up over the layers of one step. What was read stays on the device; `totals` says whose it is."""
 
-    read: dict[bool, Tensor] = field(default_factory=dict)  # by whether it is decode: [N]
+    read: dict[bool, Tensor] = field(default_factory=dict)  # pages of a query, by whether it is decode: [N]
     heads: dict[bool, int] = field(default_factory=dict)  # that were added up
     select_seconds: float = 0.0  # spent choosing keys; on a CPU only, where calls return when they are done
     attend_seconds: float = 0.0  # ... and reading them
     _known: dict[int, tuple[SparseIndex, Tensor]] = field(default_factory=dict)  # indices shared by layers
 
     def add(self, blocks: QueryBlocks, index: SparseIndex) -> None:
-        """What one view's heads read for these blocks."""
+        """What one view's heads read for a query of each of these blocks."""
         decode, heads = blocks.size == 1, index.count.shape[0]
         known = self._known.get(id(index))
         if known is None:
             pages = index.count.sum(0, dtype=torch.float32)
             if index.token_count is not None:
-                pages = pages + index.token_count.sum(0, dtype=torch.float32) / PAGE_SIZE
-            known = self._known[id(index)] = index, pages * blocks.count
+                pages.add_(index.token_count.sum(0), alpha=1 / PAGE_SIZE)
+            known = self._known[id(index)] = index, pages
         if decode in self.read:
             self.read[decode] += known[1]
         else:
@@ -64,6 +64,6 @@ def totals(
         if not rows or kind not in read:
             continue
         for row, pages in zip(rows, read[kind].tolist(), strict=False):
-            sums[row.seq][at] += pages
+            sums[row.seq][at] += pages * row.count
             sums[row.seq][at + 1] += heads[kind] * row.count * -(-(row.pos + row.count) // PAGE_SIZE)
     return tuple(SpanReads(*each) for each in sums)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gossamer.kernels.compact import compact
 from gossamer.kernels.layout import UNLIMITED, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
+from gossamer.kernels.runs import list_pages
 from gossamer.server.bench.provenance import provenance, write_report
 
 HEADS, KV_HEADS, DIM, PAGE = 8, 4, 64, 64
@@ -77,7 +77,7 @@ def select(kv: PagedKV, blocks: QueryBlocks, density: float) -> SparseIndex:
     mask[..., 0] = True
     mask |= page >= (blocks.pos // PAGE)[:, None]
     mask &= page <= ((blocks.pos + blocks.count - 1) // PAGE)[:, None]
-    return SparseIndex(*compact(mask))
+    return SparseIndex(*list_pages(mask))
 
 
 def call(

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels import fp8
+from gossamer.kernels.choose import Kind
 from gossamer.kernels.layout import PAGE_SIZE, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.triton import (
     antidiagonal,
     choose,
-    compact,
     dropped_pages,
     page_summaries,
     paged_decode,
     paged_prefill,
     probe,
+    runs,
     score_pages,
     score_tokens,
     store,
@@ -292,14 +293,33 @@ def _summaries(own: Setting) -> Iterator[Case]:
 
 
 def _choices() -> Iterator[Case]:
+    budgets: tuple[tuple[Kind, float], ...] = (
+        ("tokens", 2048),
+        ("share", 0.1),
+        ("mass", 0.9),
+        ("part", 0.1),
+        ("weight", 0.1),
+    )
     for width in (100, 1999, 16385):
-        mass = blank(7, 37, width, dtype=torch.float32)
-        yield Case(Variant("", 0, f"count of {width}"), partial(choose.launch_count, mass, ints(7, 37)))
-        yield Case(Variant("", 0, f"share of {width}"), partial(choose.launch_mass, mass, 0.9))
-        yield Case(Variant("", 0, f"places of {width}"), partial(choose.launch_positions, mass.flatten(0, 1), 64))
+        for decode in (False, True):
+            own = Setting("bf16", 128, pages=width, decode=decode)
+            mass = blank(own.heads, own.tiles, width, dtype=torch.float32)
+            for kind, value in budgets:
+                name = f"{kind} of {width}" + " for one query" * decode
+                call = partial(choose.launch_pages, mass, own.kv, own.blocks, kind=kind, value=value)
+                yield Case(Variant("", 0, name), call)
+                if width == 1999:
+                    yield Case(Variant("", 0, f"{name}, least and recent"), partial(call, least=256, recent=128))
+        for share in (1.0, 0.9):
+            name = f"tokens of {width}" + " by mass" * (share < 1)
+            yield Case(Variant("", 0, name), partial(choose.launch_tokens, mass.flatten(0, 1), 64, share))
 
 
 def _lists() -> Iterator[Case]:
     for name, width in (("", 1999), (" aligned", 2048)):
-        yield Case(Variant("", 0, f"pages{name}"), partial(compact.launch, blank(7, 37, width, dtype=torch.bool)))
-        yield Case(Variant("", 0, f"tokens{name}"), partial(compact.launch_tokens, ints(7, 37, width)))
+        for decode in (False, True):
+            own = Setting("bf16", 128, pages=width, decode=decode)
+            pages, tokens = blank(own.heads, own.tiles, width, dtype=torch.bool), ints(own.heads, own.tiles, width)
+            for some in (None, tokens):
+                said = "pages" + " and tokens" * (some is not None) + " for one query" * decode + name
+                yield Case(Variant("", 0, said), partial(runs.launch, pages, some, own.kv, own.blocks))

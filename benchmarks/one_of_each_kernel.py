@@ -24,8 +24,7 @@ from gossamer.attention.selectors.base import Proposal
 from gossamer.attention.step import TILE_ROWS
 from gossamer.kernels import page_summaries
 from gossamer.kernels.antidiagonal import antidiagonal_mass
-from gossamer.kernels.choose import choose_count, choose_mass, choose_tokens
-from gossamer.kernels.compact import compact, compact_tokens
+from gossamer.kernels.choose import Kind, choose_pages, choose_tokens
 from gossamer.kernels.dense_prefill import chunks, dense_prefill
 from gossamer.kernels.dropped_pages import add_dropped_pages
 from gossamer.kernels.fp8 import quantise
@@ -33,6 +32,7 @@ from gossamer.kernels.layout import PAGE_SIZE, BlockRow, PagedKV, QueryBlocks, S
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.kernels.probe import probe_mass
+from gossamer.kernels.runs import readable_runs
 from gossamer.kernels.score_pages import bound_mass, page_mass
 from gossamer.kernels.score_tokens import label_mass
 from gossamer.kernels.store import store
@@ -61,6 +61,7 @@ class Queries:
     q: Tensor
     blocks: QueryBlocks
     mask: Tensor
+    proposed: Tensor  # single tokens
     pages: SparseIndex
     both: SparseIndex
 
@@ -123,7 +124,7 @@ def queries(shape: Shape, kv: PagedKV, blocks: QueryBlocks) -> Queries:
     pages = build_index(Proposal(mask), replace(kv, window=torch.full_like(kv.window, 2**30)), blocks)
     both = build_index(Proposal(mask, chosen), kv, blocks)
     q = shape.noise(sum(row.count for row in blocks.rows), shape.query_heads)
-    return Queries(q, blocks, mask, pages, both)
+    return Queries(q, blocks, mask, chosen, pages, both)
 
 
 Results = tuple[Tensor, ...]
@@ -178,9 +179,21 @@ def as_fp8(given: Inputs) -> Inputs:
     return replace(given, kv=replace(given.kv, **kept), windowed=replace(given.windowed, **kept))
 
 
-def runs(start: Tensor, count: Tensor, pages: Tensor) -> Results:
-    """What is behind the last run means nothing."""
-    return start, count, pages[: int(count.sum())]
+def chosen(x: Inputs, given: Queries, kind: Kind, value: float) -> Results:
+    mass = x.masses[:, :1, : x.kv.table.shape[1]].expand(-1, len(given.blocks), -1)
+    return (choose_pages(mass, x.kv, given.blocks, kind=kind, value=value, least=80, recent=70),)
+
+
+def listed(x: Inputs, given: Queries) -> Results:
+    """The runs one behind the other: where they begin means nothing."""
+    index = readable_runs(given.mask, given.proposed, x.windowed, given.blocks)
+    assert index.tokens is not None and index.token_start is not None and index.token_count is not None
+    lists = (index.start, index.count, index.pages), (index.token_start, index.token_count, index.tokens)
+    found: list[Tensor] = []
+    for start, count, values in lists:
+        every = zip(start.flatten().tolist(), count.flatten().tolist(), strict=True)
+        found += [count, torch.cat([values[first : first + length] for first, length in every])]
+    return tuple(found)
 
 
 def bounds_of(kv: PagedKV) -> Tensor:
@@ -246,13 +259,14 @@ def cases(dim: int) -> dict[str, Callable[[Inputs], Results]]:
         "antidiagonal_mass_8": lambda x: scored(antidiagonal_mass, x, x.prompts, 8),
         "antidiagonal_mass_16": lambda x: scored(antidiagonal_mass, x, x.prompts, 16),
         "probe_mass": lambda x: scored(probe_mass, x, x.prompts, 64),
-        "choose_count": lambda x: (choose_count(x.masses, torch.full_like(x.masses[..., 0], 70, dtype=torch.int32)),),
-        "choose_mass": lambda x: (choose_mass(x.masses, 0.8),),
+        "choose_pages_by_count": lambda x: chosen(x, x.prompts, "tokens", 200),
+        "choose_pages_by_share": lambda x: chosen(x, x.tokens, "share", 0.4),
+        "choose_pages_by_mass": lambda x: chosen(x, x.prompts, "mass", 0.8),
+        "choose_pages_by_part": lambda x: chosen(x, x.tokens, "part", 0.5),
+        "choose_pages_by_weight": lambda x: chosen(x, x.tokens, "weight", 0.5),
         "choose_tokens": lambda x: (choose_tokens(x.masses, 70, 0.1),),
-        "compact": lambda x: runs(*compact(x.prompts.mask)),
-        "compact_tokens": lambda x: runs(
-            *compact_tokens(torch.where(x.masses < 0.3, torch.arange(300, device=x.masses.device), -1).int())
-        ),
+        "runs": lambda x: listed(x, x.prompts),
+        "runs_of_tokens": lambda x: listed(x, x.tokens),
         "page_means": lambda x: summary(x, "means", dim),
         "page_bounds": lambda x: summary(x, "bounds", 4, 2, dim),
         "page_labels": lambda x: summary(x, "labels", PAGE_SIZE, few),

@@ -1,34 +1,82 @@
 """From scores to what is kept of them: the largest few of each row, or the largest that hold a share of its mass.
 
-A row's entries are float32 and not negative; nothing here keeps an entry that is 0. Sums are in float64, so that the
-order of the terms does not decide who is kept, and a row's answer depends on that row alone.
+A row's entries are float32 and not negative. Sums are in float64, so that the order of the terms does not decide who is
+kept, and a row's answer depends on that row alone.
 """
+
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks
+
+Kind = Literal["tokens", "share", "mass", "part", "weight"]
+
 PIECE = 1 << 20  # entries that are sorted at once
 LONG = 1 << 12  # entries of a row from which on it is sampled first
 SAMPLED = 16  # one of so many
 
 
+def choose_pages(
+    mass: Tensor, kv: PagedKV, blocks: QueryBlocks, *, kind: Kind, value: float, least: int = 0, recent: int = 0
+) -> Tensor:
+    """mass [G, N, L] float32, 0 for pages that are not past -> [G, N, L] bool, the past pages that a budget admits.
+
+    A past page of a block lies before the page of the block's origin and was not released. By kind: as many as make
+    `value` tokens; as make a share of the pages up to the block's last query; the largest that hold that much of the
+    row's sum (choose_mass); those of at least `value` times the row's largest; those of at least `value`. The first two
+    count the block's own pages, the first page and those of the `recent` tokens before the block, which are read
+    anyway, and take pages without mass too where there are no others. With `least`, what that many tokens would admit
+    is added, and with `recent` always the pages of these.
+    """
+    if mass.is_cuda:
+        from gossamer.kernels.triton.choose import launch_pages
+
+        return launch_pages(mass, kv, blocks, kind=kind, value=value, least=least, recent=recent)
+    return choose_pages_torch(mass, kv, blocks, kind=kind, value=value, least=least, recent=recent)
+
+
+def choose_pages_torch(
+    mass: Tensor, kv: PagedKV, blocks: QueryBlocks, *, kind: Kind, value: float, least: int = 0, recent: int = 0
+) -> Tensor:
+    """What choose_pages means; also how the CPU runs it."""
+    size, pos, page = kv.page_size, blocks.pos.numpy(), np.arange(kv.table.shape[1], dtype=np.int32)
+    first, seen = pos // blocks.size * blocks.size // size, (pos + blocks.count.numpy() - 1) // size + 1
+    past = (page < first[:, None]) & (kv.table.numpy()[blocks.seq.numpy()] != NULL_PAGE)
+    near = past & (page >= (first - -(-recent // size))[:, None])
+
+    def largest(pages: int | NDArray[np.int32]) -> Tensor:
+        ranked = mass.clamp(min=torch.finfo(torch.float32).tiny).masked_fill_(torch.from_numpy(~past), 0.0)
+        if recent:
+            ranked.masked_fill_(torch.from_numpy(near), 2.0)
+        ranked[..., 0] = torch.from_numpy(past[:, 0] * np.float32(3.0))
+        keep = np.maximum(pages - (seen - first), 0)
+        return choose_count(ranked, torch.from_numpy(keep))
+
+    if kind == "tokens":
+        chosen = largest(-(-int(value) // size))
+    elif kind == "share":
+        chosen = largest(np.ceil(seen.astype(np.float32) * np.float32(value)).astype(np.int32))
+    elif kind == "mass":
+        chosen = choose_mass(mass, value)
+    elif kind == "part":
+        chosen = (mass >= value * mass.amax(-1, keepdim=True)) & (mass > 0)
+    else:
+        chosen = mass >= value
+    if least:
+        chosen |= largest(-(-least // size))
+    return chosen.logical_or_(torch.from_numpy(near)) if recent else chosen
+
+
 def choose_count(mass: Tensor, keep: Tensor) -> Tensor:
-    """mass [..., L] float32, keep [...] int32 (or what broadcasts to it) -> [..., L] bool.
+    """mass [..., L] float32, keep [...] int32 (or what broadcasts to it) -> [..., L] bool, on a CPU.
 
     In each row the `keep` largest entries that are > 0; of equal entries those with the lower index.
     """
     keep = keep.expand(mass.shape[:-1])
-    if mass.is_cuda:
-        from gossamer.kernels.triton.choose import launch_count
-
-        return launch_count(mass, keep)
-    return choose_count_torch(mass, keep)
-
-
-def choose_count_torch(mass: Tensor, keep: Tensor) -> Tensor:
-    """What choose_count means; also how the CPU runs it."""
     rows, wanted = _rows(mass), keep.reshape(-1, 1).long()
     mask = torch.zeros(rows.shape, dtype=torch.bool)
     step = _rows_at_once(mass)
@@ -85,21 +133,12 @@ def _largest(row: NDArray[np.float32], k: int) -> Tensor | None:
 
 
 def choose_mass(mass: Tensor, share: float) -> Tensor:
-    """mass [..., L] float32 -> [..., L] bool: in each row the entries >= t, where t is the largest for which they add
-    up to at least `share` of the row's sum. Equal entries are kept or left together; share 1 keeps all that are > 0,
-    share 0 none."""
+    """mass [..., L] float32 -> [..., L] bool, on a CPU: in each row the entries >= t, where t is the largest for which
+    they add up to at least `share` of the row's sum. Equal entries are kept or left together; share 1 keeps all that
+    are > 0, share 0 none."""
     assert 0 <= share <= 1
     if share in (0, 1):  # 1: a sum may round to the whole before the smallest entry is in it
         return (mass > 0) & (share == 1)
-    if mass.is_cuda:
-        from gossamer.kernels.triton.choose import launch_mass
-
-        return launch_mass(mass, share)
-    return choose_mass_torch(mass, share)
-
-
-def choose_mass_torch(mass: Tensor, share: float) -> Tensor:
-    """What choose_mass means for a share between 0 and 1; also how the CPU runs it."""
     rows = _rows(mass)
     mask = torch.zeros(rows.shape, dtype=torch.bool)
     step = _rows_at_once(mass)
@@ -120,20 +159,25 @@ def choose_tokens(mass: Tensor, most: int, share: float) -> Tensor:
     only until they add up to `share` of the row's sum; share 1 takes `most` whatever they add up to, share 0 none.
     """
     assert 0 <= share <= 1 and most >= 0
+    if mass.is_cuda:
+        from gossamer.kernels.triton.choose import launch_tokens
+
+        return launch_tokens(mass, most, share)
+    return choose_tokens_torch(mass, most, share)
+
+
+def choose_tokens_torch(mass: Tensor, most: int, share: float) -> Tensor:
+    """What choose_tokens means; also how the CPU runs it."""
     rows, k = _rows(mass), min(most, mass.shape[-1])
     if share == 0 or len(rows) * k == 0:
-        found = torch.full((len(rows), k), -1, dtype=torch.int32, device=mass.device)
-    elif mass.is_cuda:
-        from gossamer.kernels.triton.choose import launch_positions
-
-        found = launch_positions(rows, k)
+        found = torch.full((len(rows), k), -1, dtype=torch.int32)
     elif rows.shape[1] < LONG:
-        found = _positions(choose_count_torch(rows, torch.full((len(rows),), k, dtype=torch.int32)), k)
+        found = _positions(choose_count(rows, torch.full((len(rows),), k, dtype=torch.int32)), k)
     else:
         found = torch.empty(len(rows), k, dtype=torch.int32)
         for row, to in zip(rows, found, strict=True):
             places = _largest(row.numpy(), k)
-            to.copy_(_positions(choose_count_torch(row[None], torch.tensor([k])), k)[0] if places is None else places)
+            to.copy_(_positions(choose_count(row[None], torch.tensor([k])), k)[0] if places is None else places)
     if 0 < share < 1:
         found = _until(rows, found, share)
     return found.view(*mass.shape[:-1], k)

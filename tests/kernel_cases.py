@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.kernels.compact import compact_tokens_torch, compact_torch
 from gossamer.kernels.fp8 import FP8, SCALE, quantise
 from gossamer.kernels.layout import NULL_PAGE, PAGE_SIZE, UNLIMITED, BlockRow, PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.runs import list_pages, list_tokens
 
 NAN = float("nan")
 
@@ -137,7 +137,7 @@ def make_case(
             extra = sorted(rng.sample(loose, min(len(loose), rng.randrange(tokens + 1))))
             single[g, n, : len(extra)] = torch.tensor(extra, dtype=torch.int32)
             selected[g].append(torch.cat((at, torch.tensor(extra, dtype=torch.long))))
-    runs = compact_torch(mask) + (compact_tokens_torch(single) if tokens else ())
+    runs = list_pages(mask) + (list_tokens(single) if tokens else ())
 
     sink, window = (torch.tensor([[pair[i] for pair in row] for row in rule], dtype=torch.int32) for i in (0, 1))
     ints = [torch.tensor(x, dtype=torch.int32) for x in (lengths, list(heads))]

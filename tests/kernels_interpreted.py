@@ -9,12 +9,11 @@ import torch
 from kernel_cases import Case, make_case, reference
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gossamer.kernels.compact import compact_tokens_torch, compact_torch
 from gossamer.kernels.layout import UNLIMITED, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode_torch
 from gossamer.kernels.paged_prefill import paged_prefill_torch
 from gossamer.kernels.store import store_torch
-from gossamer.kernels.triton import compact, page_loads, paged_decode, paged_prefill, store
+from gossamer.kernels.triton import page_loads, paged_decode, paged_prefill, store
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels_triton.py runs this file"
 
@@ -162,17 +161,3 @@ def test_store(tile: int) -> None:
         pools.append(torch.stack((kv.k, kv.v)))
     assert not torch.equal(pools[0].nan_to_num(), torch.stack((case.kv.k, case.kv.v)).nan_to_num())
     torch.testing.assert_close(pools[0], pools[1], rtol=0, atol=0, equal_nan=True)
-
-
-def test_compact() -> None:
-    mask = torch.rand(3, 5, 1300) < 0.3
-    mask[1, 2] = False
-    tokens = torch.where(mask, torch.arange(1300), -1).int()
-    for launch, twin, given in (
-        (compact.launch, compact_torch, mask),
-        (compact.launch_tokens, compact_tokens_torch, tokens),
-    ):
-        mine, theirs = launch(given), twin(given)
-        assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
-        total = int(mine[1].sum())
-        assert torch.equal(mine[2][:total], theirs[2][:total]) and mine[2].numel() == given.numel()

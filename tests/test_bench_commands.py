@@ -50,14 +50,14 @@ def test_every_operation_is_there() -> None:
     assert ops == {
         *("attention, dense", "attention, sparse", "attention, torch", "dropped pages", "store"),
         *("select: mean keys", "select: gate", "select: probe", "select: antidiagonal 8", "select: antidiagonal 16"),
-        *("choose: top-k", "choose: top-p", "compact", "build index"),
+        *("choose: top-k", "choose: top-p", "build index"),
         *("write means", "write bounds", "write labels", "write gate pools"),
     }
     ops = {row.op for row in rows if row.phase == "decode"}
     assert ops == {
         *("attention, dense", "attention, sparse", "attention, torch", "store", "choose: tokens"),
         *("select: mean keys", "select: gate", "select: bounds", "select: labels"),
-        *("choose: top-k", "choose: top-p", "compact", "build index"),
+        *("choose: top-k", "choose: top-p", "build index"),
     }
     for row in rows:
         if row.op == "attention, dense":

@@ -67,7 +67,7 @@ def test_the_rest() -> None:
     assert PROMPT.dropped_pages(10) == Work(4 * 8 * 2 * 10, 3 * 200 * 4 * 16 + 2 * 4 * 200 * 4 + 2 * 3 * 2 * 16)
     assert PROMPT.choose_pages() == Work(0, 2 * 4 * 4 * 5)
     assert PROMPT.choose_tokens(7) == Work(0, 4 * 2 * 4 * 256 + 4 * 2 * 4 * 7)
-    assert PROMPT.compact(9) == Work(0, 2 * 4 * 4 + 4 * (9 + 2 * 2 * 4))
+    assert PROMPT.build_index(9) == Work(0, 2 * 4 * 4 + 4 * (9 + 2 * 2 * 4))
     assert PROMPT.store() == Work(0, 2 * 2 * 200 * 2 * 8 * 2)
     assert PROMPT.summaries(1) == Work(0, 3 * 2 * (64 + 1) * 8 * 2)
     assert PROMPT.summaries(2, read=2) == Work(0, 3 * 2 * 4 * 8 * 2)

@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import run_interpreted
+from torch import Tensor
 
 from gossamer.attention.index import build_index
 from gossamer.attention.selectors import Proposal
 from gossamer.kernels.layout import NULL_PAGE, UNLIMITED, BlockRow, PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.runs import list_pages, list_tokens, readable_runs, readable_runs_torch
 
 SIZE = 4  # tokens of a page
 LENGTH = 40  # tokens of the longest sequence
@@ -139,10 +143,10 @@ def test_first_page_is_left_out_where_the_window_ends_before_it() -> None:
     assert runs(build_index(situation.proposal, situation.kv, situation.blocks), 0, 0) == ([7], [])
 
 
-def test_tokens_may_come_in_any_order_and_twice() -> None:
-    """A selector cannot get order or repeats wrong; a key that were read twice would count twice in the softmax."""
+def test_tokens_that_do_not_ascend_are_not_read() -> None:
+    """A selector that gets order wrong reads less; a key that were read twice would count twice in the softmax."""
     situation = one_block(BlockRow(0, 0, 30, 1), tile=1)
-    tokens = torch.tensor([[[9, -1, 5, 9, 39, 5, 28, 2]]], dtype=torch.int32)
+    tokens = torch.tensor([[[5, -1, 5, 9, 6, 9, 39, 12, 28, 2]]], dtype=torch.int32)
     index = build_index(Proposal(situation.proposal.pages, tokens), situation.kv, situation.blocks)
     assert runs(index, 0, 0) == ([0, 7], [5, 9])
 
@@ -152,3 +156,98 @@ def test_tokens_behind_the_table_are_no_tokens() -> None:
     tokens = torch.tensor([[[5, LENGTH, 10**6]]], dtype=torch.int32)
     index = build_index(Proposal(situation.proposal.pages, tokens), situation.kv, situation.blocks)
     assert runs(index, 0, 0) == ([0, 7], [5])
+
+
+def test_no_tokens_to_choose_from() -> None:
+    situation = one_block(BlockRow(0, 0, 30, 1), tile=1)
+    tokens = torch.empty(1, 1, 0, dtype=torch.int32)
+    index = build_index(Proposal(situation.proposal.pages, tokens), situation.kv, situation.blocks)
+    assert runs(index, 0, 0) == ([0, 7], [])
+
+
+sizes = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 40))
+
+
+@settings(max_examples=30)
+@given(sizes, st.floats(0, 1), st.integers(0, 2**31))
+def test_lists_of_the_set_columns_of_each_row(size: tuple[int, int, int], share: float, seed: int) -> None:
+    mask = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < share
+    start, count, pages = list_pages(mask)
+    assert start.dtype == count.dtype == pages.dtype == torch.int32 and pages.numel() == mask.numel()
+    for g in range(size[0]):
+        for n in range(size[1]):
+            run = pages[start[g, n] : start[g, n] + count[g, n]]
+            assert run.tolist() == [page for page in range(size[2]) if mask[g, n, page]]
+
+
+@settings(max_examples=30)
+@given(sizes, st.integers(0, 2**31))
+def test_lists_without_the_padding(size: tuple[int, int, int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 5000, size, generator=generator).sort(-1).values.int()
+    tokens[torch.rand(size, generator=generator) < 0.4] = -1
+    start, count, packed = list_tokens(tokens)
+    assert start.dtype == count.dtype == packed.dtype == torch.int32
+    for g in range(size[0]):
+        for n in range(size[1]):
+            run = packed[start[g, n] : start[g, n] + count[g, n]]
+            assert run.tolist() == [t for t in tokens[g, n].tolist() if t >= 0]
+
+
+def test_lists_of_views() -> None:
+    mask = (torch.rand(7, 3, 4) < 0.5).permute(1, 2, 0)
+    start, count, pages = list_pages(mask)
+    assert int(count.sum()) == int(mask.sum()) and start.shape == (3, 4)
+    assert pages[: int(count[0, 0])].tolist() == mask[0, 0].nonzero().flatten().tolist()
+
+
+def random_selection(width: int, tile: int, most: int, seed: int) -> tuple[Tensor, Tensor | None, PagedKV, QueryBlocks]:
+    """Pages and tokens for two heads of three sequences, some of whose pages are gone; tokens are not all in order."""
+    gen = torch.Generator().manual_seed(seed)
+    table = torch.arange(3 * width, dtype=torch.int32).view(3, width)
+    table[1:, :] = torch.where(torch.rand(2, width, generator=gen) < 0.3, NULL_PAGE, table[1:])
+    sink, window = (
+        torch.tensor([[0, 0], [5, 9], [0, 3]]).int(),
+        torch.tensor([[UNLIMITED, 7], [20, 1], [40, 10**6]]).int(),
+    )
+    rows = []
+    for seq, length in enumerate((width * SIZE, max(1, width * SIZE - 6), width * SIZE // 2 + 1)):
+        for pos in {0, length // 2, length - 1}:
+            rows.append(BlockRow(seq, len(rows) * tile, pos, min(pos // tile * tile + tile, length) - pos))
+    blocks = QueryBlocks.of(tile, [*rows, BlockRow(0, 0, 0, 0)])  # the last as a recorded step pads itself
+    pool = torch.zeros(2, 1, SIZE, 1)
+    kv = PagedKV(pool, pool, table, sink[:, 0], torch.arange(2).int(), sink, window, 1)
+    pages = torch.rand(2, len(blocks), width, generator=gen) < 0.3
+    tokens = torch.randint(-1, width * SIZE + 3, (2, len(blocks), most), generator=gen, dtype=torch.int32)
+    return (
+        pages,
+        torch.where(torch.rand(tokens.shape, generator=gen) < 0.2, tokens, tokens.sort(-1).values) if most else None,
+        kv,
+        blocks,
+    )
+
+
+def check_runs(mine: SparseIndex, theirs: SparseIndex) -> None:
+    assert (mine.tokens is None) == (theirs.tokens is None)
+    for head in range(theirs.count.shape[0]):
+        for block in range(theirs.count.shape[1]):
+            assert runs(mine, head, block) == runs(theirs, head, block)
+
+
+def test_triton_under_the_interpreter() -> None:
+    run_interpreted("runs_interpreted.py")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [0, 50, 3000])
+@pytest.mark.parametrize("width", [1, 60, 5000])
+def test_on_a_gpu(width: int, most: int) -> None:
+    for tile in (1, 24):
+        pages, tokens, kv, blocks = random_selection(width, tile, most, width)
+        right = readable_runs_torch(pages, tokens, kv, blocks)
+        there = PagedKV(*(x.cuda() for x in (kv.k, kv.v, kv.table, kv.length, kv.heads, kv.sink, kv.window)), kv.ratio)
+        given = QueryBlocks.of(tile, blocks.rows, "cuda")
+        check_runs(readable_runs(pages.cuda(), None if tokens is None else tokens.cuda(), there, given), right)
+        shared = pages[:1].cuda().expand(2, -1, -1)  # as a selector proposes that does not look at heads
+        right = readable_runs_torch(pages[:1].expand(2, -1, -1), tokens, kv, blocks)
+        check_runs(readable_runs(shared, None if tokens is None else tokens.cuda(), there, given), right)

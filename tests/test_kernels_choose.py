@@ -1,5 +1,6 @@
-"""choose_count, choose_mass, choose_tokens: against sorting in Python, and the Triton form against the torch form."""
+"""What is chosen of scores: against sorting in Python, and the Triton form against the torch form."""
 
+import itertools
 import math
 
 import pytest
@@ -12,12 +13,15 @@ from torch import Tensor
 from gossamer.kernels.choose import (
     LONG,
     SAMPLED,
+    Kind,
     choose_count,
-    choose_count_torch,
     choose_mass,
-    choose_mass_torch,
+    choose_pages,
+    choose_pages_torch,
     choose_tokens,
+    choose_tokens_torch,
 )
+from gossamer.kernels.layout import NULL_PAGE, BlockRow, PagedKV, QueryBlocks
 
 SHARES = (0.0, 1e-9, 0.3, 0.5, 0.9, 0.999, 1.0)
 
@@ -143,7 +147,7 @@ def test_rows_that_are_sampled_first(most: int, monkeypatch: pytest.MonkeyPatch)
     tokens = choose_tokens(mass, most, 1.0)
     assert tokens.tolist() == [expected_tokens(row, most, 1.0) for row in mass.tolist()]
     if most < LONG:  # rows without equal entries, and with enough above 0, need nothing else
-        monkeypatch.setattr("gossamer.kernels.choose.choose_count_torch", None)
+        monkeypatch.setattr("gossamer.kernels.choose.choose_count", None)
         assert torch.equal(choose_tokens(mass[[0, 5, 6]], most, 1.0), tokens[[0, 5, 6]])
 
 
@@ -172,6 +176,75 @@ def test_the_smallest_floats_count_as_any_other() -> None:
     assert choose_tokens(mass, 4, 1.0).tolist() == [[0, 1, 3, -1]]
 
 
+SIZE = 4  # tokens of a page
+BUDGETS: tuple[tuple[Kind, float], ...] = (
+    *(("tokens", 1), ("tokens", 21), ("tokens", 1e6), ("share", 0.01), ("share", 0.3), ("share", 1.0)),
+    *(("mass", 1e-9), ("mass", 0.7), ("mass", 1.0), ("part", 0.2), ("part", 1.0), ("weight", 1e-6), ("weight", 0.1)),
+)
+
+
+def make_pages(width: int, size: int, *, seed: int = 0) -> tuple[Tensor, PagedKV, QueryBlocks]:
+    """Masses of past pages for blocks of `size` queries anywhere in three sequences, some of whose pages are gone."""
+    gen = torch.Generator().manual_seed(seed)
+    table = torch.arange(3 * width, dtype=torch.int32).view(3, width)
+    table[1, 1 : max(1, width // 2)] = NULL_PAGE
+    table[2, torch.rand(width, generator=gen) < 0.3] = NULL_PAGE
+    ends = (width * SIZE, max(1, width * SIZE - 5), width * SIZE * 2 // 3 + 1)
+    rows = []
+    for seq, end in enumerate(ends):
+        for pos in {0, min(size // 2, end - 1), end // 3, (end - 1) // size * size, end - 1}:
+            rows.append(BlockRow(seq, len(rows) * size, pos, min(pos // size * size + size, end) - pos))
+    blocks = QueryBlocks.of(size, [*rows, BlockRow(0, 0, 0, 0)])  # the last as a recorded step pads itself
+    pool, rule = torch.zeros(2, 1, SIZE, 1), torch.zeros(3, 2, dtype=torch.int32)
+    kv = PagedKV(pool, pool, table, rule[:, 0], rule[0], rule, rule, 1)
+    past = torch.arange(width) < (blocks.origin // SIZE)[:, None]
+    mass = make_rows((2, len(blocks), width), seed=seed) * (past & (table[blocks.seq.long()] != NULL_PAGE))
+    return mass / mass.sum(-1, keepdim=True).clamp(min=1e-30), kv, blocks
+
+
+def expected_pages(
+    row: list[float], table: list[int], at: BlockRow, size: int, kind: Kind, value: float, least: int, recent: int
+) -> list[bool]:
+    first, seen = at.pos // size * size // SIZE, (at.pos + at.count - 1) // SIZE + 1
+    past = [page < first and table[page] != NULL_PAGE for page in range(len(row))]
+    near = [past[page] and page >= first - -(-recent // SIZE) for page in range(len(row))]
+
+    def largest(pages: int) -> list[bool]:
+        ranked = sorted(
+            (page for page in range(len(row)) if past[page]),
+            key=lambda page: (page > 0, not near[page], -row[page], page),
+        )
+        chosen = set(ranked[: max(0, pages - (seen - first))])
+        return [page in chosen for page in range(len(row))]
+
+    floor = torch.tensor(value, dtype=torch.float32)
+    if kind == "tokens":
+        found = largest(math.ceil(value / SIZE))
+    elif kind == "share":
+        found = largest(math.ceil(float(floor * seen)))
+    elif kind == "mass":
+        found = expected_mass(row, value)
+    else:
+        least_mass = float(floor * max(row)) if kind == "part" else float(floor)
+        found = [mass > 0 and mass >= least_mass for mass in row]
+    if least:
+        found = [one or other for one, other in zip(found, largest(math.ceil(least / SIZE)), strict=True)]
+    return [one or other for one, other in zip(found, near, strict=True)] if recent else found
+
+
+@pytest.mark.parametrize("size", [1, 6, 32])
+@pytest.mark.parametrize("width", [1, 7, 60])
+def test_choose_pages(width: int, size: int) -> None:
+    mass, kv, blocks = make_pages(width, size)
+    for (kind, value), (least, recent) in itertools.product(BUDGETS, [(0, 0), (17, 0), (0, 5), (9, 16)]):
+        found = choose_pages(mass, kv, blocks, kind=kind, value=value, least=least, recent=recent)
+        assert found.dtype == torch.bool and found.shape == mass.shape
+        for g, n in itertools.product(range(2), range(len(blocks))):
+            row, table = mass[g, n].tolist(), kv.table[blocks.rows[n].seq].tolist()
+            right = expected_pages(row, table, blocks.rows[n], size, kind, value, least, recent)
+            assert found[g, n].tolist() == right, (kind, value, least, recent, blocks.rows[n])
+
+
 def test_triton_under_the_interpreter() -> None:
     run_interpreted("choose_interpreted.py")
 
@@ -180,11 +253,18 @@ def test_triton_under_the_interpreter() -> None:
 @pytest.mark.parametrize("width", [1, 63, 1000, 2048, 16384, 20001])
 def test_on_a_gpu(width: int) -> None:
     mass = make_rows((4, 10, width), seed=3)
-    keep = torch.randint(-1, width + 2, (4, 10), dtype=torch.int32)
-    assert torch.equal(choose_count(mass.cuda(), keep.cuda()).cpu(), choose_count_torch(mass, keep))
     for share in SHARES:
-        mask = choose_mass(mass.cuda(), share).cpu()
-        assert torch.equal(mask, choose_mass(mass, share))
-        assert torch.equal(choose_tokens(mass.cuda(), 100, share).cpu(), choose_tokens(mass, 100, share))
+        assert torch.equal(choose_tokens(mass.cuda(), 100, share).cpu(), choose_tokens_torch(mass, 100, share))
     halves = mass[:, ::2].cuda()  # not contiguous
-    assert torch.equal(choose_mass(halves, 0.8).cpu(), choose_mass_torch(mass[:, ::2], 0.8))
+    assert torch.equal(choose_tokens(halves, 70, 0.8).cpu(), choose_tokens_torch(mass[:, ::2], 70, 0.8))
+    for size in (1, 32):
+        given = make_pages(width, size)
+        there = given[0].cuda(), on_gpu(given[1]), QueryBlocks.of(size, given[2].rows, "cuda")
+        for (kind, value), (least, recent) in itertools.product(BUDGETS, [(0, 0), (9, 16)]):
+            options = {"kind": kind, "value": value, "least": least, "recent": recent}
+            assert torch.equal(choose_pages(*there, **options).cpu(), choose_pages_torch(*given, **options))
+
+
+def on_gpu(kv: PagedKV) -> PagedKV:
+    tensors = (kv.k, kv.v, kv.table, kv.length, kv.heads, kv.sink, kv.window)
+    return PagedKV(*(each.cuda() for each in tensors), kv.ratio)

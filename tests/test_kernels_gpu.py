@@ -4,7 +4,6 @@ import pytest
 import torch
 from kernel_cases import Case, check, make_case, reference
 
-from gossamer.kernels.compact import compact, compact_tokens, compact_tokens_torch, compact_torch
 from gossamer.kernels.dense_prefill import Way, chunks, dense_prefill, faster_way, ways
 from gossamer.kernels.layout import UNLIMITED, PagedKV
 from gossamer.kernels.paged_decode import paged_decode
@@ -122,16 +121,6 @@ def check_store(case: Case) -> None:
         written.append((there.kv.scale, case.kv.scale))
     for mine, theirs in written:
         torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
-
-
-def test_compact() -> None:
-    mask = torch.rand(4, 9, 3000) < 0.2
-    tokens = torch.where(mask, torch.arange(3000), -1).int()
-    for kernel, twin, given in ((compact, compact_torch, mask), (compact_tokens, compact_tokens_torch, tokens)):
-        mine, theirs = (x.cpu() for x in kernel(given.cuda())), twin(given)
-        total = int(theirs[1].sum())
-        for found, expected in zip(mine, theirs, strict=True):
-            assert torch.equal(found.flatten()[:total], expected.flatten()[:total])
 
 
 def test_offsets_beyond_32_bits() -> None:

@@ -1,12 +1,9 @@
-"""store and compact: the torch forms against what they are defined to do."""
+"""store: the torch form against what it is defined to do."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_cases import make_case
 
-from gossamer.kernels.compact import compact, compact_tokens
 from gossamer.kernels.layout import QueryBlocks
 from gossamer.kernels.store import store
 
@@ -34,39 +31,3 @@ def test_store_of_nothing_changes_nothing() -> None:
     before = case.kv.k.clone()
     store(torch.randn(0, 2, 64), torch.randn(0, 2, 64), case.kv, QueryBlocks.of(64, []))
     torch.testing.assert_close(case.kv.k, before, rtol=0, atol=0, equal_nan=True)
-
-
-sizes = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 40))
-
-
-@settings(max_examples=30)
-@given(sizes, st.floats(0, 1), st.integers(0, 2**31))
-def test_compact_lists_the_set_columns_of_each_row(size: tuple[int, int, int], share: float, seed: int) -> None:
-    mask = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < share
-    start, count, pages = compact(mask)
-    assert start.dtype == count.dtype == pages.dtype == torch.int32 and pages.numel() == mask.numel()
-    for g in range(size[0]):
-        for n in range(size[1]):
-            run = pages[start[g, n] : start[g, n] + count[g, n]]
-            assert run.tolist() == [page for page in range(size[2]) if mask[g, n, page]]
-
-
-@settings(max_examples=30)
-@given(sizes, st.integers(0, 2**31))
-def test_compact_tokens_drops_the_padding(size: tuple[int, int, int], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 5000, size, generator=generator).sort(-1).values.int()
-    tokens[torch.rand(size, generator=generator) < 0.4] = -1
-    start, count, packed = compact_tokens(tokens)
-    assert start.dtype == count.dtype == packed.dtype == torch.int32
-    for g in range(size[0]):
-        for n in range(size[1]):
-            run = packed[start[g, n] : start[g, n] + count[g, n]]
-            assert run.tolist() == [t for t in tokens[g, n].tolist() if t >= 0]
-
-
-def test_compact_takes_views() -> None:
-    mask = (torch.rand(7, 3, 4) < 0.5).permute(1, 2, 0)
-    start, count, pages = compact(mask)
-    assert int(count.sum()) == int(mask.sum()) and start.shape == (3, 4)
-    assert pages[: int(count[0, 0])].tolist() == mask[0, 0].nonzero().flatten().tolist()

@@ -50,7 +50,7 @@ def test_every_kernel_once_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
-    assert found["wrong"] == [] and len(found["results"]) == done.stdout.count(" right ") == 36
+    assert found["wrong"] == [] and len(found["results"]) == done.stdout.count(" right ") == 39
     assert all(each["right"] and each["error"] == 0 for each in found["results"])
     refused = subprocess.run([*command, "no_such_kernel"], capture_output=True, text=True, timeout=300, check=False)
     assert refused.returncode == 2 and "there is no no_such_kernel" in refused.stderr
@@ -83,7 +83,7 @@ def test_every_case_names_a_kernel_that_exists_and_none_is_left_out(monkeypatch:
         "tuned",
     }
     told = {"score_pages": "page_mass", "score_tokens": "label_mass", "antidiagonal": "antidiagonal_mass_8"}
-    told |= {"probe": "probe_mass", "choose": "choose_count", "page_summaries": "page_means"}
+    told |= {"probe": "probe_mass", "choose": "choose_pages_by_count", "page_summaries": "page_means"}
     told |= {"dropped_pages": "add_dropped_pages", "page_loads": "paged_prefill_by_descriptors"}
     assert {told.get(kernel, kernel) for kernel in kernels} <= names
 

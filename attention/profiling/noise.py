@@ -13,11 +13,11 @@ from gossamer.attention.profiling.reading import Shape
 from gossamer.attention.selectors import Selector
 from gossamer.attention.selectors.base import CORRECTION
 from gossamer.attention.step import TILE_ROWS
-from gossamer.kernels.compact import compact
 from gossamer.kernels.dropped_pages import add_dropped_pages
 from gossamer.kernels.layout import PAGE_SIZE, UNLIMITED, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
+from gossamer.kernels.runs import list_pages
 from gossamer.kvcache.summaries import FilledPages, Summary
 
 BATCHES = (1, 4)  # sequences that decode: few and many, to tell what a call costs from what its blocks add
@@ -127,7 +127,7 @@ def _index(layer: Layer, pages: int, tokens: int) -> SparseIndex:
         mask[:, n, last] = True
         for g in range(heads):
             mask[g, n, torch.randperm(max(1, last), generator=generator)[: pages - 1]] = True
-    index = SparseIndex(*compact(mask.to(layer.device)))
+    index = SparseIndex(*(each.to(layer.device) for each in list_pages(mask)))
     if not tokens:
         return index
     some = torch.randperm(max(1, min(own)) * PAGE_SIZE, generator=generator)[:tokens].sort().values.int()

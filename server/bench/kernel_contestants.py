@@ -12,8 +12,7 @@ from gossamer.attention.selectors.base import Proposal
 from gossamer.attention.selectors.budget import Budget
 from gossamer.kernels import page_summaries
 from gossamer.kernels.antidiagonal import antidiagonal_mass
-from gossamer.kernels.choose import choose_count, choose_mass, choose_tokens
-from gossamer.kernels.compact import compact
+from gossamer.kernels.choose import choose_tokens
 from gossamer.kernels.dense_prefill import chunks, dense_prefill, ways
 from gossamer.kernels.dropped_pages import add_dropped_pages
 from gossamer.kernels.layout import PAGE_SIZE, QueryBlocks
@@ -143,14 +142,12 @@ class Contest:
 
     def choices(self) -> list[Contestant]:
         """From masses to pages, and to an index."""
-        keep, proposal = self.mask.sum(-1, dtype=torch.int32), Proposal(self.mask)
-        pages = self.least.choose_pages()
-        index = partial(build_index, proposal, self.kv, self.blocks)
+        pages, given = self.least.choose_pages(), (self.masses, self.kv, self.blocks)
+        index = partial(build_index, Proposal(self.mask), self.kv, self.blocks)
         return [
-            Contestant("choose: top-k", partial(choose_count, self.masses, keep), pages),
-            Contestant("choose: top-p", partial(choose_mass, self.masses, SHARE), pages),
-            Contestant("compact", partial(compact, self.mask), self.least.compact(int(keep.sum()))),
-            Contestant("build index", index, self.least.compact(self.entries)),
+            Contestant("choose: top-k", partial(self.budget.pages, *given), pages),
+            Contestant("choose: top-p", partial(Budget("mass", SHARE).pages, *given), pages),
+            Contestant("build index", index, self.least.build_index(self.entries)),
         ]
 
     def token_choice(self, tokens: int) -> Contestant:

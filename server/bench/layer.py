@@ -11,7 +11,6 @@ from gossamer.attention.index import build_index
 from gossamer.attention.selectors.base import Proposal
 from gossamer.attention.selectors.budget import Budget
 from gossamer.attention.step import TILE_ROWS
-from gossamer.kernels.compact import compact
 from gossamer.kernels.layout import NULL_PAGE, PAGE_SIZE, UNLIMITED, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kvcache.summaries import Labels
 
@@ -101,10 +100,8 @@ class Layer:
 
     def dense(self, blocks: QueryBlocks) -> SparseIndex:
         """Every page up to each block's last."""
-        last = blocks.pos + blocks.count - 1
-        page = torch.arange(self.kv.table.shape[1], device=self.shape.device)
-        mask = (page * PAGE_SIZE <= last[:, None]).expand(self.shape.kv_heads, -1, -1)
-        return SparseIndex(*compact(mask.contiguous()))
+        shape = self.shape.kv_heads, len(blocks), self.kv.table.shape[1]
+        return build_index(Proposal(torch.ones(shape, dtype=torch.bool, device=self.shape.device)), self.kv, blocks)
 
     def masses(self, blocks: QueryBlocks) -> Tensor:
         """[G, N, L], noise for past pages."""

@@ -15,7 +15,7 @@ before the page of the tile's origin.
     probe                 2 D H x pairs               the probe's q; keys; two masses of tokens [G, B, L S]
     dropped pages         4 D (H / G) x pairs         q; out and log-sum-exp, read and written; two means per past page
     choose                0                           masses; a mask, or positions of tokens
-    compact, build index  0                           the mask; the runs and their pages
+    build index           0                           the mask; the runs and their pages
     store                 0                           K and V of the new tokens, read and written
     summaries             0                           the keys (labels: their channels); the table
 
@@ -161,7 +161,7 @@ class Sizes:
     def choose_tokens(self, tokens: int) -> Work:
         return Work(0, self._masses(PAGE) + NUMBER * self.kv_heads * len(self.tiles) * tokens)
 
-    def compact(self, entries: int) -> Work:
+    def build_index(self, entries: int) -> Work:
         return Work(0, self._masses() / NUMBER + NUMBER * (entries + 2 * self.kv_heads * len(self.tiles)))
 
     def store(self) -> Work:

@@ -1,0 +1,84 @@
+"""From the pages and tokens that selectors want read to an index that a kernel may trust, and can follow.
+
+The safety rules live here and nowhere else.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks, SparseIndex
+
+
+def readable_runs(pages: Tensor, tokens: Tensor | None, kv: PagedKV, blocks: QueryBlocks) -> SparseIndex:
+    """pages [G, N, L] bool, tokens [G, N, K] int32 positions, ascending, -1 as padding -> what to read.
+
+    Added: the first page and the pages from the tile's origin to its last query. Removed: pages in the future,
+    pages that were released, and pages that no query of the tile may see through the head's window; tokens likewise,
+    those that a selected page covers, and those that are no larger than one before them. Nothing is read back from a
+    device.
+    """
+    if pages.is_cuda:
+        from gossamer.kernels.triton.runs import launch
+
+        return launch(pages, tokens, kv, blocks)
+    return readable_runs_torch(pages, tokens, kv, blocks)
+
+
+def readable_runs_torch(pages: Tensor, tokens: Tensor | None, kv: PagedKV, blocks: QueryBlocks) -> SparseIndex:
+    """What readable_runs means; also how the CPU runs it. What is as large as the table is done in numpy, whose small
+    operations take a third of the time of torch's."""
+    size, seq, pos = kv.page_size, blocks.seq.numpy(), blocks.pos.numpy()
+    page = np.arange(kv.table.shape[1], dtype=np.int32)  # [L]
+    last = (pos + blocks.count.numpy() - 1)[:, None]  # [N, 1]
+    first = pos // blocks.size * blocks.size // size
+    needed = (page >= first[:, None]) | (page == 0)
+    readable = (page * size <= last) & (kv.table.numpy()[seq] != NULL_PAGE)  # [N, L]
+    # [G, N, 1]: the first position in the first query's window
+    oldest = (pos[:, None] - kv.window.numpy()[seq]).T[..., None] + 1
+    sink = kv.sink.numpy()[seq].T[..., None]
+    if (oldest > 0).any():
+        readable = readable & ((page * size < sink) | ((page + 1) * size > oldest))  # [G, N, L]
+    wanted = pages.logical_or(torch.from_numpy(needed)).logical_and_(torch.from_numpy(readable))
+    if tokens is None or tokens.shape[-1] == 0:
+        return SparseIndex(*list_pages(wanted))
+    kept = _readable_tokens(tokens, wanted, kv, blocks, *map(torch.from_numpy, (sink, oldest, last)))
+    return SparseIndex(*list_pages(wanted), *list_tokens(kept))
+
+
+def _readable_tokens(
+    tokens: Tensor, pages: Tensor, kv: PagedKV, blocks: QueryBlocks, sink: Tensor, oldest: Tensor, last: Tensor
+) -> Tensor:
+    """tokens [G, N, K] -> the same with every token that may not or need not be read replaced by -1."""
+    later = torch.ones_like(tokens, dtype=torch.bool)
+    later[..., 1:] = tokens[..., 1:] > tokens.cummax(-1).values[..., :-1]
+    home = (tokens // kv.page_size).clamp(0, pages.shape[-1] - 1).long()
+    resident = (kv.table[blocks.seq.long()] != NULL_PAGE).expand_as(pages)
+    kept = later & (tokens >= 0) & (tokens <= last) & ((tokens < sink) | (tokens >= oldest))
+    return tokens.where(kept & resident.gather(-1, home) & ~pages.gather(-1, home), -1)
+
+
+def list_pages(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mask [G, N, L] bool -> start [G, N], count [G, N], pages [G * N * L], all int32, on a CPU.
+
+    The run of (g, n) is pages[start : start + count]: the numbers of the set columns, ascending. Entries of `pages`
+    behind the last run mean nothing.
+    """
+    count = mask.sum(-1, dtype=torch.int32)
+    start = (count.flatten().cumsum(0, dtype=torch.int32) - count.flatten()).view_as(count)
+    pages = torch.zeros(mask.numel(), dtype=torch.int32)
+    chosen = mask.nonzero()[:, -1]
+    pages[: chosen.numel()] = chosen
+    return start, count, pages
+
+
+def list_tokens(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens [G, N, K] int32 positions, -1 anywhere as padding -> start [G, N], count [G, N], tokens [G * N * K], all
+    int32, as in `list_pages`."""
+    kept = tokens >= 0
+    count = kept.sum(-1, dtype=torch.int32)
+    start = (count.flatten().cumsum(0, dtype=torch.int32) - count.flatten()).view_as(count)
+    packed = torch.zeros(tokens.numel(), dtype=torch.int32)
+    chosen = tokens[kept]
+    packed[: chosen.numel()] = chosen
+    return start, count, packed
