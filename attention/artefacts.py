@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gossamer.kvcache.summaries import GateKeys, Labels, Rotary
+from gossamer.kernels.rotary import Rotary
+from gossamer.kvcache.summaries import GateKeys, Labels
 
 
 class ArtefactError(Exception):

@@ -168,24 +168,26 @@ def _propose(q: Tensor, kv: PagedKV, blocks: QueryBlocks, step: Step, asked: Ask
     parts: list[tuple[slice, Tensor, Proposal]] = []
     for row, mine in asked.items():
         part = blocks.take(mine) if isinstance(mine, tuple) else blocks
-        places = _places(blocks, step, mine)
         for selector, own in _runs(row):
-            at = places
-            if step.recorded is not None and selector.above > 0:
-                at = places & (blocks.origin >= selector.above)
-            parts.append((own, at, selector.propose(q, kv.only(own), part, scale)))
+            if not isinstance(selector, Dense):
+                at = _places(blocks, step, mine, selector.above)
+                parts.append((own, at, selector.propose(q, kv.only(own), part, scale)))
     return _assemble(parts, (len(kv.heads), len(blocks), kv.table.shape[1]), kv.table.device)
 
 
-def _places(blocks: QueryBlocks, step: Step, mine: Blocks | frozenset[OperatingPoint]) -> Tensor:
-    """Which blocks a row of selectors was asked about: numbers, or [N] bool in a recorded step."""
-    device = blocks.pos.device
-    if step.recorded is None:
-        assert not isinstance(mine, frozenset)
-        numbers = range(len(blocks)) if mine is None else mine
-        return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
-    own = [step.recorded[point] for point in step.points if mine is None or point in mine]
-    return torch.stack(own).any(0)
+def _places(blocks: QueryBlocks, step: Step, mine: Blocks | frozenset[OperatingPoint], above: int = 0) -> Tensor:
+    """Which blocks a selector is asked about: numbers, or in a recorded step [N] bool, those that begin at `above` or
+    later. All layers ask for the same."""
+    key = (blocks.size, mine, above)
+    if key not in step.places:
+        if step.recorded is None:
+            assert not isinstance(mine, frozenset)
+            numbers = range(len(blocks)) if mine is None else mine
+            step.places[key] = torch.tensor(numbers, dtype=torch.long).to(blocks.pos.device, non_blocking=True)
+        else:
+            own = [step.recorded[point] for point in step.points if mine is None or point in mine]
+            step.places[key] = torch.stack(own).any(0) & (blocks.origin >= above)
+    return step.places[key]
 
 
 def _correct(

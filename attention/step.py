@@ -43,6 +43,8 @@ class Step:
     reads: Reads = field(default_factory=Reads, compare=False, repr=False)
     shared: dict[Hashable, SparseIndex] = field(default_factory=dict, compare=False, repr=False)
     """Indices that depend on positions alone, made by the first layer that needs them and used by the others."""
+    places: dict[Hashable, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Which blocks a selector is asked about, likewise."""
     recorded: Mapping[OperatingPoint, Tensor] | None = None  # per point [B] bool: the sequences that asked for it
     watch: Watch | None = field(default=None, compare=False, repr=False)  # what looks twice
 

@@ -19,7 +19,7 @@ from gossamer.attention.profiling.device_times import save_device_profile
 from gossamer.attention.profiling.gates import GateWeights, write_gates
 from gossamer.attention.profiling.labels import write_labels
 from gossamer.attention.profiling.reading import Shape
-from gossamer.kvcache.summaries import Rotary
+from gossamer.kernels.rotary import Rotary
 from gossamer.server.engine.graphs import CudaRecorder
 from gossamer.server.profile.run import CHUNKS
 

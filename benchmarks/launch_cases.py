@@ -17,10 +17,12 @@ from torch import Tensor
 from gossamer.kernels import fp8
 from gossamer.kernels.choose import Kind
 from gossamer.kernels.layout import PAGE_SIZE, BlockRow, PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.rotary import Rotary
 from gossamer.kernels.triton import (
     antidiagonal,
     choose,
     dropped_pages,
+    gates,
     page_summaries,
     paged_decode,
     paged_prefill,
@@ -225,6 +227,8 @@ def _selection(own: Setting) -> Iterator[Case]:
     """What selectors launch in a step of such sizes."""
     yield from _scores(own)
     yield from _dropped(own)
+    if own.decode:
+        yield from _gates(own)
     if own.dim == 128 and own.usual:
         yield from _labels(own)
     yield from _of_keys(own)
@@ -247,6 +251,18 @@ def _scores(own: Setting) -> Iterator[Case]:
     if own.usual and own.type == "bf16" and own.dim == 128:  # a learned gate's queries are float32
         gate = replace(own, type="fp32")
         yield own.case("gates", lambda: score_pages.launch(gate.q, own.kv, own.blocks, mean, scale=SCALE))
+
+
+def _gates(own: Setting) -> Iterator[Case]:
+    """A gate's queries, of a gate as wide as a head; and a narrow one of which, as of the head, a part turns."""
+    half = Rotary(blank(own.dim // 2, dtype=torch.float32))
+    weight, norm = blank(own.heads, 1, own.ratio * own.dim, own.dim, dtype=own.dtype), blank(own.dim, dtype=own.dtype)
+    yield own.case("", lambda: gates.launch(*own.read, weight, None, half, half))
+    if own.usual and own.dim == 128:
+        yield own.case("norm", lambda: gates.launch(*own.read, weight, norm, half, half))
+        part = Rotary(blank(24, dtype=torch.float32), 1.5)
+        narrow = blank(own.heads, own.ratio, own.ratio * own.dim, 80, dtype=own.dtype)
+        yield own.case("in part", lambda: gates.launch(*own.read, narrow, norm, part, part))
 
 
 def _labels(own: Setting) -> Iterator[Case]:

@@ -28,10 +28,12 @@ from gossamer.kernels.choose import Kind, choose_pages, choose_tokens
 from gossamer.kernels.dense_prefill import chunks, dense_prefill
 from gossamer.kernels.dropped_pages import add_dropped_pages
 from gossamer.kernels.fp8 import quantise
+from gossamer.kernels.gates import gate_queries
 from gossamer.kernels.layout import PAGE_SIZE, BlockRow, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
 from gossamer.kernels.probe import probe_mass
+from gossamer.kernels.rotary import Rotary
 from gossamer.kernels.runs import readable_runs
 from gossamer.kernels.score_pages import bound_mass, page_mass
 from gossamer.kernels.score_tokens import label_mass
@@ -179,6 +181,14 @@ def as_fp8(given: Inputs) -> Inputs:
     return replace(given, kv=replace(given.kv, **kept), windowed=replace(given.windowed, **kept))
 
 
+def gated(x: Inputs) -> Results:
+    """A gate's queries, as long as a head, from weights that are the keys of the first pages."""
+    dim, ratio, device = x.kv.k.shape[3], x.kv.ratio, x.kv.k.device
+    weight = x.kv.k.flatten(1, 2)[:, : ratio * dim, None].transpose(1, 2)
+    rotary = Rotary(1e4 ** -(torch.arange(dim // 2, device=device) * 2 / dim))
+    return (gate_queries(x.tokens.q, x.kv, x.tokens.blocks, weight, weight[0, 0, 0].float(), rotary, rotary),)
+
+
 def chosen(x: Inputs, given: Queries, kind: Kind, value: float) -> Results:
     mass = x.masses[:, :1, : x.kv.table.shape[1]].expand(-1, len(given.blocks), -1)
     return (choose_pages(mass, x.kv, given.blocks, kind=kind, value=value, least=80, recent=70),)
@@ -256,6 +266,7 @@ def cases(dim: int) -> dict[str, Callable[[Inputs], Results]]:
         "page_mass_of_tokens": lambda x: scored(page_mass, x, x.tokens, x.kv.k.mean(2)),
         "bound_mass": lambda x: scored(bound_mass, x, x.tokens, bounds_of(x.kv)),
         "label_mass": lambda x: scored(label_mass, x, x.tokens, labels_of(x), x.channels),
+        "gates": gated,
         "antidiagonal_mass_8": lambda x: scored(antidiagonal_mass, x, x.prompts, 8),
         "antidiagonal_mass_16": lambda x: scored(antidiagonal_mass, x, x.prompts, 16),
         "probe_mass": lambda x: scored(probe_mass, x, x.prompts, 64),

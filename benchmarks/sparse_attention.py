@@ -39,11 +39,12 @@ from gossamer.kernels.dropped_pages import add_dropped_pages
 from gossamer.kernels.layout import PAGE_SIZE, PagedKV, QueryBlocks, SparseIndex
 from gossamer.kernels.paged_decode import paged_decode
 from gossamer.kernels.paged_prefill import paged_prefill
+from gossamer.kernels.rotary import Rotary
 from gossamer.kernels.store import store
 from gossamer.kvcache.cache import KVCache
 from gossamer.kvcache.groups import group_heads
 from gossamer.kvcache.retention import KeepAll
-from gossamer.kvcache.summaries import GateKeys, MeanKeys, MeanValues, Rotary
+from gossamer.kvcache.summaries import GateKeys, MeanKeys, MeanValues
 from gossamer.kvcache.table import PageTable
 from gossamer.server.bench.ceilings import read_bandwidth
 from gossamer.server.bench.clock import now

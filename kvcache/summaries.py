@@ -11,6 +11,7 @@ from torch import Tensor
 from gossamer.kernels.fp8 import FP8
 from gossamer.kernels.layout import PagedKV
 from gossamer.kernels.page_summaries import page_bounds, page_labels, page_means, page_pools
+from gossamer.kernels.rotary import Rotary
 from gossamer.kvcache.groups import HeadGroup
 
 NO_CHANNEL = -1
@@ -123,27 +124,6 @@ class Labels:
 
     def write(self, kv: PagedKV, filled: FilledPages) -> None:
         page_labels(kv.k, filled.physical(kv), self.of(kv), kv.summaries[self.name], kv.key_scale)
-
-
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """A model's rotary embedding: dimension i and i + R of a head turn by position * inv_freq[i] [R] and grow by
-    `scaling`."""
-
-    inv_freq: Tensor
-    scaling: float = 1.0
-
-    def turn(self, x: Tensor, position: Tensor, *, back: bool = False) -> Tensor:
-        """x [..., D] at `position` [...] -> the same rotated, or rotated back, in float32."""
-        angle = position[..., None].float() * self.inv_freq
-        cos, sin = angle.cos(), angle.sin()
-        size = self.inv_freq.numel()
-        low, high, rest = x.float().split((size, size, x.shape[-1] - 2 * size), -1)
-        if back:
-            cos, sin = cos / self.scaling, -sin / self.scaling
-        else:
-            cos, sin = cos * self.scaling, sin * self.scaling
-        return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), -1)
 
 
 @dataclass(frozen=True, slots=True)

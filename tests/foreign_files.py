@@ -18,7 +18,7 @@ from gossamer.attention.importers.target import Target
 from gossamer.attention.policy import AttentionPolicy
 from gossamer.attention.policy_backends import HeadEntry
 from gossamer.attention.policy_file import PolicyFile, load_policy_file
-from gossamer.kvcache.summaries import Rotary
+from gossamer.kernels.rotary import Rotary
 
 LAYERS, QUERY_HEADS, KV_HEADS, DIM = 3, 4, 2, 32
 RATIO = QUERY_HEADS // KV_HEADS

@@ -14,7 +14,8 @@ from gossamer.attention.selectors import (
     SinkRecent,
     VerticalSlash,
 )
-from gossamer.kvcache.summaries import GateKeys, Labels, Rotary
+from gossamer.kernels.rotary import Rotary
+from gossamer.kvcache.summaries import GateKeys, Labels
 
 GATE_DIM = 16
 LARGE = 2**20

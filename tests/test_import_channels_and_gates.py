@@ -35,7 +35,7 @@ from gossamer.attention.profiling.capture import Captured
 from gossamer.attention.selectors import DoubleSparsity, LearnedGate
 from gossamer.attention.selectors.budget import Budget
 from gossamer.kernels.layout import PAGE_SIZE, BlockRow, QueryBlocks
-from gossamer.kvcache.summaries import Rotary
+from gossamer.kernels.rotary import Rotary
 
 HALF = DIM // 2
 

@@ -30,7 +30,7 @@ from gossamer.attention.profiling.labels import rank_channels, write_labels
 from gossamer.attention.profiling.reading import Reader, shape_of
 from gossamer.attention.selectors import Budget, LearnedGate
 from gossamer.kernels.layout import PAGE_SIZE, BlockRow, QueryBlocks
-from gossamer.kvcache.summaries import Rotary
+from gossamer.kernels.rotary import Rotary
 
 LAYERS, GROUPS, RATIO, DIM = 3, 2, 2, 32
 ROTARY = Rotary(10000.0 ** -(torch.arange(DIM // 2) * 2 / DIM))

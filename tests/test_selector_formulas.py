@@ -14,8 +14,9 @@ from gossamer.attention.index import build_index
 from gossamer.attention.selectors import BlockSparse, Budget, Proposal, VerticalSlash
 from gossamer.kernels.layout import NULL_PAGE, PAGE_SIZE, PagedKV, QueryBlocks
 from gossamer.kernels.probe import probe_mass
+from gossamer.kernels.rotary import Rotary
 from gossamer.kernels.score_pages import page_mass
-from gossamer.kvcache.summaries import FilledPages, MeanKeys, Rotary
+from gossamer.kvcache.summaries import FilledPages, MeanKeys
 
 SPANS = ((900, 100), (0, 190), (640, 70))
 

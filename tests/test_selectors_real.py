@@ -15,7 +15,8 @@ from gossamer.attention.profiling.gates import Phase, distil, lesson, write_gate
 from gossamer.attention.profiling.labels import rank_channels
 from gossamer.attention.selectors import BlockSparse, Budget, DoubleSparsity, LearnedGate, Selector, VerticalSlash
 from gossamer.kernels.layout import PAGE_SIZE, BlockRow
-from gossamer.kvcache.summaries import Labels, Rotary
+from gossamer.kernels.rotary import Rotary
+from gossamer.kvcache.summaries import Labels
 
 LENGTH = 1400
 BUDGET = Budget("tokens", 8 * PAGE_SIZE)

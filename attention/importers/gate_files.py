@@ -12,7 +12,7 @@ from gossamer.attention.importers.source import MOST_LAYERS, Source, Tensors, is
 from gossamer.attention.importers.target import Target
 from gossamer.attention.policy_backends import BudgetEntry
 from gossamer.kernels.layout import PAGE_SIZE
-from gossamer.kvcache.summaries import Rotary
+from gossamer.kernels.rotary import Rotary
 
 POOLED = 3  # a page's keys come as their maximum, minimum and mean, in this order
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from gossamer.attention.packaged import spelled
-from gossamer.kvcache.summaries import Rotary
+from gossamer.kernels.rotary import Rotary
 
 
 @dataclass(frozen=True, slots=True)

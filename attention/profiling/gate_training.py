@@ -19,7 +19,7 @@ from gossamer.attention.profiling.state import State
 from gossamer.attention.profiling.subject import CALIBRATED, Progress, Subject
 from gossamer.attention.step import TILE_ROWS
 from gossamer.kernels.layout import PAGE_SIZE
-from gossamer.kvcache.summaries import Rotary
+from gossamer.kernels.rotary import Rotary
 
 BLOCKS, QUERIES = 32, 64  # query blocks and single queries that each document teaches
 NEAR = 96  # tokens before the answer whose blocks are always taught: those of the question

@@ -18,7 +18,7 @@ from torch import Tensor
 from gossamer.attention.profiling.capture import Captured
 from gossamer.kernels.layout import PAGE_SIZE
 from gossamer.kernels.page_summaries import page_pools
-from gossamer.kvcache.summaries import Rotary
+from gossamer.kernels.rotary import Rotary
 
 Phase = Literal["prefill", "decode"]
 

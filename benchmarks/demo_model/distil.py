@@ -24,7 +24,7 @@ from gossamer.attention.profiling.gates import Lesson, Phase, distil, divergence
 from gossamer.attention.profiling.labels import rank_channels, write_labels
 from gossamer.attention.profiling.tasks import TASKS, Filler, make_prompt
 from gossamer.attention.step import TILE_ROWS
-from gossamer.kvcache.summaries import Rotary
+from gossamer.kernels.rotary import Rotary
 
 ASKED = ("multikey", "pairs", "multiquery", "variables", "multivalue", "single", "variables_letters")
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from gossamer.kvcache.summaries import Rotary
+from gossamer.kernels.rotary import Rotary
 from gossamer.server.engine.families import StartupError
 
 
