@@ -120,7 +120,7 @@ class Labels:
 
     def of(self, kv: PagedKV) -> Tensor:
         """[G, r] int32, the channels of the view's heads."""
-        return self.on_device[kv.heads.long()]
+        return self.on_device.index_select(0, kv.heads)
 
     def write(self, kv: PagedKV, filled: FilledPages) -> None:
         page_labels(kv.k, filled.physical(kv), self.of(kv), kv.summaries[self.name], kv.key_scale)
