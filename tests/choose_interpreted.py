@@ -13,12 +13,12 @@ from gossamer.kernels.triton import choose
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels_choose.py runs this file"
 
-WIDTHS = pytest.mark.parametrize(("width", "columns"), [(1, 64), (50, 4096), (150, 64)])  # the last in three parts
+WIDTHS = pytest.mark.parametrize(("width", "columns"), [(1, 64), (50, 8192), (150, 64)])  # the last in three parts
 
 
 @WIDTHS
 def test_tokens(width: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "COLUMNS", columns)
+    monkeypatch.setattr(choose, "TOKENS", columns)
     mass = make_rows((5, width), seed=width)
     mass[0, 0] = 1e-45
     mass[1] = mass[1].clamp(max=0.5)  # more equal entries than are kept
@@ -30,7 +30,7 @@ def test_tokens(width: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(("width", "columns", "size"), [(1, 64, 1), (50, 4096, 24), (150, 64, 1)])
 def test_pages(width: int, columns: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "COLUMNS", columns)
+    monkeypatch.setattr(choose, "PAGES", columns)
     mass, kv, blocks = make_pages(width, size, seed=1)
     some = [*range(0, len(blocks), 4), len(blocks) - 1]
     mass, blocks = mass[:, some], blocks.take(some)

@@ -17,7 +17,7 @@ from gossamer.kernels.choose import Kind
 from gossamer.kernels.layout import PagedKV, QueryBlocks
 from gossamer.kernels.triton.tiles import VARYING
 
-COLUMNS = 4096  # entries of a row that stay in registers; what is longer is read again in each pass
+PAGES, TOKENS = 4096, 8192  # entries of a row that stay in registers; what is longer is read again in each pass
 VALUES = ("wanted", "value", "value_bits", "least", "recent", "most")
 
 # What bounds the pages of a row: so many of the largest; a share of those seen; a share of the sum; a part of the
@@ -45,7 +45,7 @@ def launch_pages(
         _choose_pages[(groups * num,)](
             mass.contiguous(), mask.view(torch.uint8), kv.table, blocks.seq, blocks.pos, blocks.count,
             kv.table.stride(0), num, width, blocks.size, wanted, float(value), _bits_of(value), -(-least // size),
-            -(-recent // size), FORM=form.value, LEAST=least > 0, RECENT=recent > 0, PAGE=size, **shape(width),
+            -(-recent // size), FORM=form.value, LEAST=least > 0, RECENT=recent > 0, PAGE=size, **shape(width, PAGES),
             enable_fp_fusion=True,  # said aloud, because Triton's default is about to change
         )  # fmt: skip
     return mask
@@ -59,7 +59,7 @@ def launch_tokens(mass: Tensor, most: int, share: float) -> Tensor:
     if found.numel():
         _choose_tokens[(mass.numel() // width,)](
             mass.contiguous(), found, width, most if share > 0 else 0, most, _bits_of(share or 1.0),
-            BY_MASS=0 < share < 1, **shape(width), enable_fp_fusion=True,
+            BY_MASS=0 < share < 1, **shape(width, TOKENS), enable_fp_fusion=True,
         )  # fmt: skip
     return found
 
@@ -71,10 +71,10 @@ def _bits_of(value: float) -> int:
     return int(bits)
 
 
-def shape(width: int) -> dict[str, int]:
+def shape(width: int, most: int) -> dict[str, int]:
     """How many entries of such a row stay in registers, and over how many warps they lie."""
-    columns = min(COLUMNS, triton.next_power_of_2(width))
-    return {"COLUMNS": columns, "num_warps": 8 if columns > 1024 else 4}
+    columns = min(most, triton.next_power_of_2(width))
+    return {"COLUMNS": columns, "num_warps": 16 if columns > 4096 else 8 if columns > 1024 else 4}
 
 
 @triton.jit(do_not_specialize=(*VARYING, *VALUES))
@@ -186,12 +186,7 @@ def _last_kept(
 ):  # fmt: skip
     """The smallest of the `keep` largest entries above 0, and how many of those equal to it are among them. `begun`:
     the first COLUMNS entries."""
-    real = tl.sum((begun > 0).to(tl.int32), 0)
-    for begin in range(COLUMNS, width, COLUMNS):
-        more = _bits(mass_ptr, table_ptr, first, reach, begin, width, RANKED, COLUMNS)
-        real += tl.sum((more > 0).to(tl.int32), 0)
-    spare = tl.minimum(real, keep)  # entries to take of those that agree with `bound`
-    bound = 0
+    spare, bound = keep, 0  # entries to take of those that agree with `bound`
     byte = tl.arange(0, 256)
     for i in range(4):
         shift = 24 - 8 * i
@@ -203,7 +198,8 @@ def _last_kept(
         chosen = tl.max(tl.where(reached >= spare, byte, 0), 0)
         spare -= tl.sum(tl.where(byte > chosen, counts, 0), 0)
         bound = bound * 256 + chosen
-    return tl.where(spare <= 0, 0x7FFFFFFF, bound), spare  # where nothing is wanted, nothing is as large
+    # Where nothing is wanted, nothing is as large; where more is than there is, nothing that is 0 is taken.
+    return tl.where(keep <= 0, 0x7FFFFFFF, bound), tl.where(bound == 0, 0, spare)
 
 
 @triton.jit
