@@ -263,7 +263,8 @@ def decode(shape: Shape, length: int, batch: int, tokens: int, rounds: int) -> l
     store(shape.noise(batch, shape.kv_heads), shape.noise(batch, shape.kv_heads), kv, step.decode)
     race.run(q, kv, step.decode)
     race.times.clear()
-    floor = Floor(q, kv, length, tokens) if shape.device == "cpu" else None
+    by_labels = next(each for each in race.selectors.values() if isinstance(each, DoubleSparsity)).labels
+    floor = Floor(q, kv, length, tokens, by_labels) if shape.device == "cpu" else None
     bare: dict[str, list[float]] = {}
     for number in range(rounds):
         race.begin()

@@ -139,6 +139,14 @@ def test_it_compares_with_the_same_backend_for_every_head(
     assert together == pytest.approx(alone, rel=0.03)  # ends of prompts are cut into chunks in another way
 
 
+def test_rivals_choose_also_where_that_is_not_worth_it() -> None:
+    above = {"prefill": {"slow": 4096, "fast": 512, "at once": 0}, "decode": {"never": 8192}}
+    assert profiler._acting(above, 4096) == {
+        "prefill": {"slow": 0, "fast": 512, "at once": 0},
+        "decode": {"never": 0},
+    }
+
+
 def test_it_stops_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def stopped(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,6 +1,6 @@
 """Profiling from beginning to end: read, measure, choose, verify. docs/profiling.md says why in this order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -22,7 +22,7 @@ from gossamer.attention.profiling.findings import Found
 from gossamer.attention.profiling.gate_training import gates_against_pooled_keys, train_gates
 from gossamer.attention.profiling.learning import calibrate, rank_channels, train_alphas
 from gossamer.attention.profiling.options import Options
-from gossamer.attention.profiling.profile import Point, Profile, Settings
+from gossamer.attention.profiling.profile import Point, Profile, Rival, Settings
 from gossamer.attention.profiling.search import Search
 from gossamer.attention.profiling.sensitivity import probed_again, sensitivities
 from gossamer.attention.profiling.state import State
@@ -80,15 +80,19 @@ class Profiler:
         )
         with stopwatch.stage("sensitivity of heads"):
             sensitivity = self._probe(candidates, found, trials)
-        options = Options(candidates, found, sensitivity, costs, self._tables(candidates, artefacts))
-        search = Search(options, subject.shape.free)
-        chooser = Chooser(search, trials, costs, found)
+        tables = self._tables(candidates, artefacts)
+
+        def choosing_by(costs: CostModel) -> Chooser:
+            search = Search(Options(candidates, found, sensitivity, costs, tables), subject.shape.free)
+            return Chooser(search, replace(trials, above=costs.above), costs, found)
+
+        chooser = choosing_by(costs)
         with stopwatch.stage("search"):
             plans = {bound.name: (bound, chooser.find(bound)) for bound in self.settings.bounds}
         with stopwatch.stage("verification"):
             points = chooser.verify(plans)
         with stopwatch.stage("comparison"):
-            rivals = chooser.rivals(points[1]) if self.settings.compare and len(points) > 1 else []
+            rivals = self._rivals(points, costs, choosing_by)
         alphas = self._train_heads() if self.settings.train_heads else None
         best = [*points[1:], points[0]]  # the first operating point of a file is its default
         provenance = Provenance(source="profiled", note=self._note(points[1:]))
@@ -112,6 +116,15 @@ class Profiler:
             spent=stopwatch.spent,
             about=self.about,
         )
+
+    def _rivals(
+        self, points: Sequence[Point], costs: CostModel, choosing_by: Callable[[CostModel], Chooser]
+    ) -> list[Rival]:
+        """Uniform choices, compared with the first point that is not dense."""
+        if not self.settings.compare or len(points) < 2:
+            return []
+        acting = _acting(costs.above, max(self.settings.lengths))
+        return choosing_by(replace(costs, above=acting)).rivals(points[1])
 
     def _train_gates(self) -> str:
         name = f"{self.name}-gates.safetensors"
@@ -194,6 +207,11 @@ def _above(
             if kind not in ("dense", "sink-recent"):
                 answer[phase][kind] = costs.worth_it_above(phase, kind, reads)
     return answer
+
+
+def _acting(above: Mapping[Phase, Mapping[str, int]], length: int) -> dict[Phase, dict[str, int]]:
+    """The same, but kinds that are not worth it at this length choose all the same, wherever they are."""
+    return {phase: {kind: least * (least < length) for kind, least in own.items()} for phase, own in above.items()}
 
 
 def _safer(points: Sequence[Point]) -> dict[str, str]:

@@ -60,7 +60,8 @@ def rivals_section(profile: Profile) -> Section:
     densities, costs = ([getattr(each, by) for each in results] for by in ("by_density", "by_cost"))
     said = (
         f"Every rival gives one candidate to all heads in one phase, at a density as near to that of {point.name} as "
-        f"its parameters allow, and leaves the other phase as {point.name} has it. Of "
+        f"its parameters allow, and leaves the other phase as {point.name} has it. It chooses at {length} tokens also "
+        "where that is not worth it on this device, and a policy would leave the head dense. Of "
         f"{number_of(len(results), 'comparison')}, per-head choice won {densities.count('won')} and lost "
         f"{densities.count('lost')} at equal density; at equal predicted cost it won {costs.count('won')} and lost "
         f"{costs.count('lost')}. The rest have no winner.",
