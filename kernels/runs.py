@@ -64,21 +64,19 @@ def list_pages(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The run of (g, n) is pages[start : start + count]: the numbers of the set columns, ascending. Entries of `pages`
     behind the last run mean nothing.
     """
-    count = mask.sum(-1, dtype=torch.int32)
-    start = (count.flatten().cumsum(0, dtype=torch.int32) - count.flatten()).view_as(count)
-    pages = torch.zeros(mask.numel(), dtype=torch.int32)
-    chosen = mask.nonzero()[:, -1]
-    pages[: chosen.numel()] = chosen
-    return start, count, pages
+    return _listed(mask, mask.nonzero()[:, -1])
 
 
 def list_tokens(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """tokens [G, N, K] int32 positions, -1 anywhere as padding -> start [G, N], count [G, N], tokens [G * N * K], all
     int32, as in `list_pages`."""
     kept = tokens >= 0
+    return _listed(kept, tokens[kept])
+
+
+def _listed(kept: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     count = kept.sum(-1, dtype=torch.int32)
     start = (count.flatten().cumsum(0, dtype=torch.int32) - count.flatten()).view_as(count)
-    packed = torch.zeros(tokens.numel(), dtype=torch.int32)
-    chosen = tokens[kept]
-    packed[: chosen.numel()] = chosen
-    return start, count, packed
+    listed = torch.zeros(kept.numel(), dtype=torch.int32)
+    listed[: values.numel()] = values
+    return start, count, listed

@@ -32,17 +32,13 @@ FEW = Budget("tokens", 2048, recent=128)
 MEAN, BOUNDS = BlockSparse(FEW), BlockSparse(Budget("mass", 0.9, least=256, recent=128), "bounds")
 
 
-def per_head(count: int, make: Callable[[], Selector]) -> list[Selector]:
-    return [make()] * count
-
-
 CASES: dict[str, tuple[int, Callable[[], list[Selector]]]] = {
     "dense": (5, lambda: [Dense()] * HEADS),
     "sink-recent": (5, lambda: [SinkRecent(64, 1984)] * HEADS),
     "mean keys": (11, lambda: [MEAN] * HEADS),
     "bounds": (11, lambda: [BOUNDS] * HEADS),
-    "gate": (13, lambda: per_head(HEADS, lambda: gate("decode", HEADS, RATIO, DIM, FEW, device="meta"))),
-    "labels": (15, lambda: per_head(HEADS, lambda: DoubleSparsity(labels(HEADS, DIM, "meta"), 2048, mass=0.9))),
+    "gate": (13, lambda: [gate("decode", HEADS, RATIO, DIM, FEW, device="meta")] * HEADS),
+    "labels": (15, lambda: [DoubleSparsity(labels(HEADS, DIM, "meta"), 2048, mass=0.9)] * HEADS),
     "mean keys corrected": (14, lambda: [replace(MEAN, corrects=True)] * HEADS),
     "mean keys above a length": (14, lambda: [replace(MEAN, above=16384)] * HEADS),
     "mixed": (20, lambda: [replace(MEAN, above=16384), replace(BOUNDS, above=8192), Dense(), Dense()]),

@@ -15,7 +15,7 @@ from torch import Tensor
 from gossamer.kernels import layout
 from gossamer.kernels.choose import Kind
 from gossamer.kernels.layout import PagedKV, QueryBlocks
-from gossamer.kernels.triton.tiles import VARYING
+from gossamer.kernels.triton.tiles import VARYING, along_row
 
 PAGES, TOKENS = 4096, 8192  # entries of a row that stay in registers; what is longer is read again in each pass
 VALUES = ("wanted", "value", "value_bits", "least", "recent", "most")
@@ -45,7 +45,8 @@ def launch_pages(
         _choose_pages[(groups * num,)](
             mass.contiguous(), mask.view(torch.uint8), kv.table, blocks.seq, blocks.pos, blocks.count,
             kv.table.stride(0), num, width, blocks.size, wanted, float(value), _bits_of(value), -(-least // size),
-            -(-recent // size), FORM=form.value, LEAST=least > 0, RECENT=recent > 0, PAGE=size, **shape(width, PAGES),
+            -(-recent // size),
+            FORM=form.value, LEAST=least > 0, RECENT=recent > 0, PAGE=size, **along_row(width, PAGES),
             enable_fp_fusion=True,  # said aloud, because Triton's default is about to change
         )  # fmt: skip
     return mask
@@ -59,7 +60,7 @@ def launch_tokens(mass: Tensor, most: int, share: float) -> Tensor:
     if found.numel():
         _choose_tokens[(mass.numel() // width,)](
             mass.contiguous(), found, width, most if share > 0 else 0, most, _bits_of(share or 1.0),
-            BY_MASS=0 < share < 1, **shape(width, TOKENS), enable_fp_fusion=True,
+            BY_MASS=0 < share < 1, **along_row(width, TOKENS), enable_fp_fusion=True,
         )  # fmt: skip
     return found
 
@@ -69,12 +70,6 @@ def _bits_of(value: float) -> int:
     (bits,) = struct.unpack("<q", struct.pack("<d", value))
     assert bits >= 2**32  # or it would be passed as another type
     return int(bits)
-
-
-def shape(width: int, most: int) -> dict[str, int]:
-    """How many entries of such a row stay in registers, and over how many warps they lie."""
-    columns = min(most, triton.next_power_of_2(width))
-    return {"COLUMNS": columns, "num_warps": 16 if columns > 4096 else 8 if columns > 1024 else 4}
 
 
 @triton.jit(do_not_specialize=(*VARYING, *VALUES))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gossamer.kernels import layout
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
-from gossamer.kernels.triton.tiles import VARYING
+from gossamer.kernels.triton.tiles import VARYING, along_row
 
 COLUMNS = 4096  # of a row at a time
 NULL_PAGE = tl.constexpr(layout.NULL_PAGE)
@@ -33,16 +33,10 @@ def launch(pages: Tensor, tokens: Tensor | None, kv: PagedKV, blocks: QueryBlock
             pages, given, kv.table, kv.sink, kv.window, blocks.seq, blocks.pos, blocks.count,
             *made, *made[: 6 - len(made)],
             *pages.stride()[:2], kv.table.stride(0), kv.sink.stride(0), num, width, most, blocks.size,
-            PAGE=kv.page_size, TOKENS=most > 0, **shape(max(width, most)),
+            PAGE=kv.page_size, TOKENS=most > 0, **along_row(max(width, most), COLUMNS),
             enable_fp_fusion=True,  # said aloud, because Triton's default is about to change; nothing here is a float
         )  # fmt: skip
     return SparseIndex(*made)
-
-
-def shape(width: int) -> dict[str, int]:
-    """How much of such a row is looked at together, by how many warps."""
-    columns = min(COLUMNS, triton.next_power_of_2(width))
-    return {"COLUMNS": columns, "num_warps": 8 if columns > 1024 else 4}
 
 
 @triton.jit(do_not_specialize=(*VARYING, "most"))

@@ -30,6 +30,12 @@ def programs(items: int, per_sm: int, device: torch.device) -> int:
     return max(1, min(items, int(chip) * per_sm))
 
 
+def along_row(width: int, most: int) -> dict[str, int]:
+    """How many entries of such a row a program looks at together, at most so many, and over how many warps they lie."""
+    columns = min(most, triton.next_power_of_2(width))
+    return {"COLUMNS": columns, "num_warps": 16 if columns > 4096 else 8 if columns > 1024 else 4}
+
+
 def register_limit(per_sm: int, warps: int) -> dict[str, int]:
     """The compiler option that lets so many programs of so many warps share a multiprocessor's 65,536 registers. None
     for one: the most that a thread can have is the limit then."""
