@@ -170,7 +170,7 @@ class FakeEngine:
         try:
             publish(Progress(computed=1, total=len(request.prompt)))
             if "[silent]" in text:
-                ticket.cancelled.wait(30)
+                ticket.cancelled.wait(600)
                 return
             publish(Started(cached_tokens=1, prompt_logprobs=self._prompt_logprobs(request)))
             for step in range(max(1, request.params.max_tokens)):
@@ -186,7 +186,7 @@ class FakeEngine:
 
     def _pause(self, text: str, ticket: FakeTicket, step: int) -> bool:
         if "[stall]" in text:
-            ticket.cancelled.wait(30)
+            ticket.cancelled.wait(600)
         if "[slow]" in text:
             ticket.cancelled.wait(0.05)
         return "[fail]" in text or "[abort]" in text
@@ -229,7 +229,7 @@ class FakeEngine:
             return None
         return (None, *(self._logprob(token, request.prompt_logprobs) for token in request.prompt[1:]))
 
-    def settled(self, seconds: float = 5.0) -> bool:
+    def settled(self, seconds: float = 60.0) -> bool:
         """Every request has ended or been cancelled."""
         end = time.monotonic() + seconds
         while self.open and time.monotonic() < end:

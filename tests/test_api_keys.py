@@ -26,7 +26,7 @@ def locked() -> Iterator[httpx.Client]:
     config = ServerConfig(model="fake", api_key=(KEY, "second-key"))
     with (
         running_server(fake_engine.FakeEngine(), config) as running,
-        httpx.Client(base_url=running.url, timeout=10) as client,
+        httpx.Client(base_url=running.url, timeout=60) as client,
     ):
         yield client
 

@@ -30,7 +30,7 @@ def server() -> Iterator[Running]:
 
 def chat(server: Running, header: str | None = None, **fields: Any) -> httpx.Response:
     headers = {} if header is None else {POLICY_HEADER: header}
-    return httpx.post(f"{server.url}/v1/chat/completions", json={**CHAT, **fields}, headers=headers, timeout=20)
+    return httpx.post(f"{server.url}/v1/chat/completions", json={**CHAT, **fields}, headers=headers, timeout=60)
 
 
 @pytest.mark.parametrize("header", [None, "fast"])
