@@ -85,7 +85,7 @@ def test_headers_that_never_end(server: Running) -> None:
     with connected(server, b"GET /health HTTP/1.1\r\nHost: x\r\n") as connection:
         began = time.monotonic()
         assert read_all(connection) == b""
-        assert 0.2 < time.monotonic() - began
+        assert time.monotonic() - began > 0.2
 
 
 def test_headers_byte_by_byte(server: Running) -> None:
@@ -279,7 +279,7 @@ def flood(connection: socket.socket) -> None:
 
 
 def test_a_client_that_never_reads_is_dropped(server: Running) -> None:
-    assert 10 * 1900 < stream_module.MAX_PENDING
+    assert stream_module.MAX_PENDING > 10 * 1900
     before = len(server.engine.tickets)
     with connected(server) as connection:
         flood(connection)
