@@ -28,8 +28,8 @@ def attend_rows(
     kv: PagedKV,
     blocks: QueryBlocks,
     index: SparseIndex,
-    head: Tensor,
-    block: Tensor,
+    head: Array,
+    block: Array,
     out: Tensor,
     lse: Tensor,
     *,
@@ -38,20 +38,21 @@ def attend_rows(
     sinks: Tensor | None,
 ) -> None:
     """As paged_decode, for the rows (head[x], block[x]) alone. Rows that read about as much are one attention."""
-    every = head.numpy(), block.numpy()
-    for width, rows in _alike(kv, blocks, index, *every).items():
-        part = every if len(rows) == len(every[0]) and not width.even else (every[0][rows], every[1][rows])
+    for width, rows in _alike(kv, blocks, index, head, block).items():
+        part = head[rows], block[rows]
         make = _even_keys if width.even else _token_keys if width.singles else _page_keys
         keys = make(kv, blocks, index, *part, width)
-        heads = torch.from_numpy(kv.heads.numpy()[part[0]][:, None] * kv.ratio + np.arange(kv.ratio))
-        place = (torch.from_numpy(blocks.token.numpy()[part[1]].astype(np.int64))[:, None], heads)
-        packed = q[place].unsqueeze(2)
+        heads = kv.heads.numpy()[part[0]][:, None] * kv.ratio + np.arange(kv.ratio, dtype=np.int32)
+        token = blocks.token.numpy()[part[1]][:, None]
+        packed = q.flatten(0, 1).index_select(0, torch.from_numpy((token * q.shape[1] + heads).ravel()))
+        packed = packed.view(len(heads), kv.ratio, 1, -1)
         parts = []
         for some, k, v, visible, piece in keys.copies(kv, q.dtype):
             cut = attend_in_pieces(packed[some], k, v, scale=scale, softcap=softcap, visible=visible, piece=piece)
             parts.append(merge(cut))
         whole = parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
-        merged, total = merge([whole], None if sinks is None else sinks[heads])
+        merged, total = merge([whole], None if sinks is None else sinks[torch.from_numpy(heads)])
+        place = torch.from_numpy(token), torch.from_numpy(heads)
         out[place], lse[place] = merged.squeeze(2).to(out.dtype), total.squeeze(2)
 
 

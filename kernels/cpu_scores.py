@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks
@@ -49,8 +51,8 @@ def mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Columns, *,
         first, width = blocks.rows[runs[0].start], max(ends[runs[0].start : runs[-1].stop])
         if width == 0:
             continue
-        table = kv.table[first.seq, : width // each]
-        resident = (table != NULL_PAGE).repeat_interleave(each)
+        table = kv.table.numpy()[first.seq, : width // each]
+        resident = torch.from_numpy((table != NULL_PAGE).repeat(each))
         logits = kv.ratio * width * max(blocks.rows[run.start].count for run in runs)  # of one tile and KV head
         floats = columns.table[0, 0].numel() * len(table)
         heads = max(1, min(groups, GATHERED // floats, PART // logits))
@@ -74,8 +76,9 @@ def _single_queries(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Column
     their last bit depends on the others in the batch."""
     groups, each, ratio = kv.heads.numel(), columns.per_page, kv.ratio
     mass = torch.zeros(groups, len(blocks), kv.table.shape[1] * each)
-    heads = kv.heads.long()[:, None] * ratio + torch.arange(ratio)
-    rows = q[blocks.token.long()[None, :, None], heads[:, None]].float() * scale  # [G, N, ratio, d]
+    heads = torch.from_numpy((kv.heads.numpy()[:, None] * ratio + np.arange(ratio, dtype=np.int32)).ravel())
+    rows = q.index_select(0, blocks.token).index_select(1, heads).float().mul_(scale)
+    rows = rows.view(len(blocks), groups, ratio, q.shape[2]).transpose(0, 1)  # [G, N, ratio, d]
     queries = columns.queries(slice(0, groups), rows.flatten(1, 2)).unflatten(1, (-1, ratio))
     past = [row.pos // blocks.size * blocks.size // kv.page_size for row in blocks.rows]  # pages
     rooms = torch.empty(2, groups * ratio * each * max(past, default=0))  # for all: fresh memory costs more than sums
@@ -83,13 +86,17 @@ def _single_queries(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Column
         if pages == 0:
             continue
         logits, shares = (room[: groups * ratio * each * pages].view(groups, ratio, -1) for room in rooms)
-        table, first = kv.table[row.seq, :pages], 0
+        table, first = kv.table.numpy()[row.seq, :pages], 0
         for keys in _keys(columns, slice(0, groups), table, PASSING):
             last = first + keys.shape[2]
-            logits[..., first:last] = _products(queries[:, n], keys)
+            found = _products(queries[:, n], keys)
+            if last - first == pages * each:
+                logits = found
+            else:
+                logits[..., first:last] = found
             first = last
-        resident = table != NULL_PAGE
-        released = None if bool(resident.all()) else ~resident.repeat_interleave(each)
+        absent = table == NULL_PAGE
+        released = torch.from_numpy(absent.repeat(each)) if absent.any() else None
         if released is not None:
             logits.masked_fill_(released, -torch.inf)
         largest = torch.softmax(logits, -1, out=shares).amax(1)
@@ -129,18 +136,17 @@ def _rows(q: Tensor, kv: PagedKV, blocks: QueryBlocks, part: slice, own: slice) 
     return rows.view(tiles, first.count, -1, ratio, q.shape[2]).permute(2, 0, 1, 3, 4)
 
 
-def _keys(columns: Columns, own: slice, pages: Tensor, floats: int) -> Iterator[Tensor]:
+def _keys(columns: Columns, own: slice, pages: NDArray[np.int32], floats: int) -> Iterator[Tensor]:
     """The keys of a sequence's pages for the heads `own`, as many pages at a time as have `floats`; pages
     that lie side by side are not copied first."""
-    table, physical = columns.table[own], pages.clamp_min(0)
-    step = max(1, floats // (table.shape[0] * table[0, 0].numel()))
-    host = physical.numpy()
-    for low in range(0, len(host), step):
-        first, last = int(host[low]), low + min(step, len(host) - low)
-        if bool((host[low + 1 : last] - host[low : last - 1] == 1).all()):
-            yield columns.keys(own, table[:, first : first + last - low])
+    table, physical = columns.table[own], np.maximum(pages, 0)
+    step = max(1, floats // table[:, 0].numel())
+    for low in range(0, len(physical), step):
+        part = physical[low : low + step]
+        if part[-1] - part[0] == len(part) - 1 and (part[1:] > part[:-1]).all():
+            yield columns.keys(own, table[:, part[0] : part[-1] + 1])
         else:
-            yield columns.keys(own, table.index_select(1, physical[low:last]))
+            yield columns.keys(own, table.index_select(1, torch.from_numpy(part)))
 
 
 def _mean_shares(rows: Tensor, keys: Sequence[Tensor], past: Tensor, columns: Columns, own: slice) -> Tensor:

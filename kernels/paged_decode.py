@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.kernels.cpu_attention import Part, attend_in_pieces, merge
@@ -68,8 +69,8 @@ def paged_decode_torch(
         merged, total = merge(parts, None if sinks is None else sinks[low:high].view(-1, ratio))
         out[row.token, low:high] = merged.flatten(0, 2)
         lse[row.token, low:high] = total.flatten()
-    if rest.numel():
-        attend_rows(q, kv, blocks, index, rest[0], rest[1], out, lse, scale=scale, softcap=softcap, sinks=sinks)
+    if len(rest[0]):
+        attend_rows(q, kv, blocks, index, *rest, out, lse, scale=scale, softcap=softcap, sinks=sinks)
 
 
 class Run(NamedTuple):
@@ -85,8 +86,10 @@ class Run(NamedTuple):
     last_head: int
 
 
-def _runs_in_place(kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, heads: list[int]) -> tuple[list[Run], Tensor]:
-    """Runs to read in place, and the other rows as [2, X]: head (of kv's) and block. In numpy, whose small operations
+def _runs_in_place(
+    kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, heads: list[int]
+) -> tuple[list[Run], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Runs to read in place, and of the other rows head (of kv's) and block, [X] each. In numpy, whose small operations
     take a third of the time of torch's: with short contexts this is what a step consists of."""
     start, count, pages = index.start.numpy(), index.count.numpy(), index.pages.numpy()
     first, last = pages[start], pages[start + count - 1]
@@ -96,7 +99,8 @@ def _runs_in_place(kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, heads: 
     short = chosen & (count <= SHORT_PAGES)
     if short[0].sum() >= MANY:
         chosen &= ~short
-    rest = torch.from_numpy(np.stack((~chosen).nonzero()))
+    head, block = (~chosen).nonzero()
+    rest = head, block
     if not chosen.any():
         return [], rest
     seq = blocks.seq.numpy()

@@ -3,8 +3,11 @@
 The safety rules live here and nowhere else.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks, SparseIndex
@@ -39,7 +42,7 @@ def readable_runs_torch(pages: Tensor, tokens: Tensor | None, kv: PagedKV, block
     sink = kv.sink.numpy()[seq].T[..., None]
     if (oldest > 0).any():
         readable = readable & ((page * size < sink) | ((page + 1) * size > oldest))  # [G, N, L]
-    wanted = pages.logical_or(torch.from_numpy(needed)).logical_and_(torch.from_numpy(readable))
+    wanted = torch.from_numpy((pages.numpy() | needed) & readable)
     if tokens is None or tokens.shape[-1] == 0:
         return SparseIndex(*list_pages(wanted))
     kept = _readable_tokens(tokens, wanted, kv, blocks, *map(torch.from_numpy, (sink, oldest, last)))
@@ -64,19 +67,21 @@ def list_pages(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The run of (g, n) is pages[start : start + count]: the numbers of the set columns, ascending. Entries of `pages`
     behind the last run mean nothing.
     """
-    return _listed(mask, mask.nonzero()[:, -1])
+    kept = mask.numpy()
+    return _listed(kept, np.flatnonzero(kept) % max(1, kept.shape[-1]))
 
 
 def list_tokens(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """tokens [G, N, K] int32 positions, -1 anywhere as padding -> start [G, N], count [G, N], tokens [G * N * K], all
     int32, as in `list_pages`."""
-    kept = tokens >= 0
-    return _listed(kept, tokens[kept])
+    values = tokens.numpy()
+    kept = values >= 0
+    return _listed(kept, values[kept])
 
 
-def _listed(kept: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    count = kept.sum(-1, dtype=torch.int32)
-    start = (count.flatten().cumsum(0, dtype=torch.int32) - count.flatten()).view_as(count)
-    listed = torch.zeros(kept.numel(), dtype=torch.int32)
-    listed[: values.numel()] = values
-    return start, count, listed
+def _listed(kept: NDArray[np.bool_], values: NDArray[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    count = kept.sum(-1, dtype=np.int32)
+    start = (np.cumsum(count, dtype=np.int32) - count.ravel()).reshape(count.shape)
+    listed = np.zeros(kept.size, dtype=np.int32)
+    listed[: len(values)] = values
+    return torch.from_numpy(start), torch.from_numpy(count), torch.from_numpy(listed)
