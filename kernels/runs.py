@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks, SparseIndex
 
+Array = NDArray[Any]
+
 
 def readable_runs(pages: Tensor, tokens: Tensor | None, kv: PagedKV, blocks: QueryBlocks) -> SparseIndex:
     """pages [G, N, L] bool, tokens [G, N, K] int32 positions, ascending, -1 as padding -> what to read.
@@ -42,23 +44,23 @@ def readable_runs_torch(pages: Tensor, tokens: Tensor | None, kv: PagedKV, block
     sink = kv.sink.numpy()[seq].T[..., None]
     if (oldest > 0).any():
         readable = readable & ((page * size < sink) | ((page + 1) * size > oldest))  # [G, N, L]
-    wanted = torch.from_numpy((pages.numpy() | needed) & readable)
+    wanted = (pages.numpy() | needed) & readable
+    listed = list_pages(torch.from_numpy(wanted))
     if tokens is None or tokens.shape[-1] == 0:
-        return SparseIndex(*list_pages(wanted))
-    kept = _readable_tokens(tokens, wanted, kv, blocks, *map(torch.from_numpy, (sink, oldest, last)))
-    return SparseIndex(*list_pages(wanted), *list_tokens(kept))
+        return SparseIndex(*listed)
+    return SparseIndex(*listed, *list_tokens(_readable_tokens(tokens.numpy(), wanted, kv, blocks, sink, oldest, last)))
 
 
 def _readable_tokens(
-    tokens: Tensor, pages: Tensor, kv: PagedKV, blocks: QueryBlocks, sink: Tensor, oldest: Tensor, last: Tensor
+    tokens: Array, pages: Array, kv: PagedKV, blocks: QueryBlocks, sink: Array, oldest: Array, last: Array
 ) -> Tensor:
     """tokens [G, N, K] -> the same with every token that may not or need not be read replaced by -1."""
-    later = torch.ones_like(tokens, dtype=torch.bool)
-    later[..., 1:] = tokens[..., 1:] > tokens.cummax(-1).values[..., :-1]
-    home = (tokens // kv.page_size).clamp(0, pages.shape[-1] - 1).long()
-    resident = (kv.table[blocks.seq.long()] != NULL_PAGE).expand_as(pages)
-    kept = later & (tokens >= 0) & (tokens <= last) & ((tokens < sink) | (tokens >= oldest))
-    return tokens.where(kept & resident.gather(-1, home) & ~pages.gather(-1, home), -1)
+    kept = (tokens >= 0) & (tokens <= last) & ((tokens < sink) | (tokens >= oldest))
+    kept[..., 1:] &= tokens[..., 1:] > np.maximum.accumulate(tokens, -1)[..., :-1]
+    elsewhere = (kv.table.numpy()[blocks.seq.numpy()] != NULL_PAGE) & ~pages
+    rows = np.arange(kept.shape[0] * kept.shape[1]).reshape(*kept.shape[:2], 1) * pages.shape[-1]
+    kept &= elsewhere.take(rows + tokens // kv.page_size, mode="clip")  # whatever it finds for what is not kept
+    return torch.from_numpy(np.where(kept, tokens, np.int32(-1)))
 
 
 def list_pages(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +81,7 @@ def list_tokens(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _listed(kept, values[kept])
 
 
-def _listed(kept: NDArray[np.bool_], values: NDArray[Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _listed(kept: Array, values: Array) -> tuple[Tensor, Tensor, Tensor]:
     count = kept.sum(-1, dtype=np.int32)
     start = (np.cumsum(count, dtype=np.int32) - count.ravel()).reshape(count.shape)
     listed = np.zeros(kept.size, dtype=np.int32)
