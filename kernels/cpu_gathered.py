@@ -163,16 +163,16 @@ Keys = tuple[Tensor, Tensor, Tensor | None]  # k, v [x, n, D]; visible [x, M or 
 
 def _clear_pages(kv: PagedKV, both: Both, tiles: Tiles, rows: Tensor, width: int) -> Keys:
     page, real = tiles.clear.padded(rows, width)
-    head, physical = tiles.head[rows], kv.table[tiles.seq[rows][:, None], page].long()
+    place = tiles.head[rows][:, None] * kv.k.shape[1] + kv.table[tiles.seq[rows][:, None], page]
     visible = None if bool(real.all()) else real.repeat_interleave(kv.page_size, 1)[:, None]
-    k, v = (read_pages(pool, head, physical) for pool in both)
+    k, v = (read_pages(pool, place) for pool in both)
     return k, v, visible
 
 
 def _partial_pages(kv: PagedKV, both: Both, tiles: Tiles, rows: Tensor, width: int, query: Tensor) -> Keys:
     page, real = tiles.partial.padded(rows, width)
-    head, physical = tiles.head[rows], kv.table[tiles.seq[rows][:, None], page].long()
-    k, v = (read_pages(pool, head, physical) for pool in both)
+    place = tiles.head[rows][:, None] * kv.k.shape[1] + kv.table[tiles.seq[rows][:, None], page]
+    k, v = (read_pages(pool, place) for pool in both)
     key = (page[..., None] * kv.page_size + torch.arange(kv.page_size)).flatten(1)
     unwritten = (key >= kv.length.long()[tiles.seq[rows]][:, None]).flatten().nonzero().flatten()
     if unwritten.numel():  # whatever lies there times zero must be zero

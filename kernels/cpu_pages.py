@@ -119,21 +119,21 @@ def _rows(table: Tensor, slot: Tensor, to: Tensor | None = None) -> Tensor:
     return to
 
 
-def read_pages(pool: Pool, head: Tensor, physical: Tensor, to: Tensor | None = None) -> Tensor:
-    """head [X], physical [X, c] -> a copy [X, c * S, D] of those pages, in `to` if given."""
+def read_pages(pool: Pool, place: Tensor, to: Tensor | None = None) -> Tensor:
+    """place [X, c], counted over G * P -> a copy [X, c * S, D] of those pages, in `to` if given."""
     if pool.scale is None:
-        return _pages(pool.stored, head, physical, to)
-    return pool.widened(_pages(pool.bytes, head, physical), _pages(pool.scale[..., None], head, physical)[..., 0], to)
+        return _pages(pool.stored, place, to)
+    return pool.widened(_pages(pool.bytes, place), _pages(pool.scale[..., None], place)[..., 0], to)
 
 
-def _pages(table: Tensor, head: Tensor, physical: Tensor, to: Tensor | None = None) -> Tensor:
+def _pages(table: Tensor, place: Tensor, to: Tensor | None = None) -> Tensor:
     """table [G, P, S, D]"""
-    rows, (_, pages, size, dim) = len(physical), table.shape
+    _, pages, size, dim = table.shape
     if not table.is_contiguous():
-        copy = table[head[:, None], physical].flatten(1, 2)
+        copy = table[place // pages, place % pages].flatten(1, 2)
         return copy if to is None else to.copy_(copy)
-    at = (head[:, None] * pages + physical).flatten()
+    at = place.flatten()
     if to is None:
-        return table.flatten(0, 1).index_select(0, at).view(rows, -1, dim)
+        return table.flatten(0, 1).index_select(0, at).view(len(place), -1, dim)
     torch.index_select(table.view(-1, size * dim), 0, at, out=to.view(len(at), size * dim))
     return to

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.kernels.cpu_attention import attend_in_pieces, merge
-from gossamer.kernels.cpu_gathered import padded
+from gossamer.kernels.cpu_gathered import padded, write_rows
 from gossamer.kernels.cpu_pages import pools, read_pages, read_rows
 from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
 
@@ -44,16 +44,16 @@ def attend_rows(
         keys = make(kv, blocks, index, *part, width)
         heads = kv.heads.numpy()[part[0]][:, None] * kv.ratio + np.arange(kv.ratio, dtype=np.int32)
         token = blocks.token.numpy()[part[1]][:, None]
-        packed = q.flatten(0, 1).index_select(0, torch.from_numpy((token * q.shape[1] + heads).ravel()))
-        packed = packed.view(len(heads), kv.ratio, 1, -1)
+        place = torch.from_numpy(token * np.int64(q.shape[1]) + heads)  # in T * H
+        packed = q.flatten(0, 1).index_select(0, place.flatten()).view(len(heads), kv.ratio, 1, -1)
         parts = []
         for some, k, v, visible, piece in keys.copies(kv, q.dtype):
             cut = attend_in_pieces(packed[some], k, v, scale=scale, softcap=softcap, visible=visible, piece=piece)
             parts.append(merge(cut))
         whole = parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
         merged, total = merge([whole], None if sinks is None else sinks[torch.from_numpy(heads)])
-        place = torch.from_numpy(token), torch.from_numpy(heads)
-        out[place], lse[place] = merged.squeeze(2).to(out.dtype), total.squeeze(2)
+        write_rows(out, place, merged.squeeze(2))
+        write_rows(lse, place, total.squeeze(2))
 
 
 class Width(NamedTuple):
@@ -90,8 +90,7 @@ def _alike(kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, head: Array, bl
 class RowKeys:
     """What some rows read: whole pages, or single tokens."""
 
-    head: Tensor  # [X]
-    pages: Tensor | None  # [X, n] physical pages; or else
+    pages: Tensor | None  # [X, n], counted over G * P; or else
     slots: Tensor | None  # [X, n] tokens, counted over G * P * S
     width: int  # keys copied for each row
     runs: Sequence[tuple[int, int, int]]  # rows from, to, and how many of the first of their keys they may see at most
@@ -114,7 +113,7 @@ class RowKeys:
                 copy = room[:, : some.stop - low]
                 for pool, to in zip(both, copy, strict=True):
                     if self.pages is not None:
-                        read_pages(pool, self.head[some], self.pages[some], to)
+                        read_pages(pool, self.pages[some], to)
                     elif self.slots is not None:
                         read_rows(pool, self.slots[some], to)
                 if self.unwritten is not None:
@@ -129,12 +128,12 @@ def _even_keys(
     """Of even rows, which lie sequence by sequence. The query's own page is the last."""
     seq, pos, size = blocks.seq.numpy()[block][:, None], blocks.pos.numpy()[block], kv.page_size
     at = index.start.numpy()[head, block][:, None] + np.arange(width.pages, dtype=np.int32)
-    page = kv.table.numpy()[seq, index.pages.numpy()[at]].astype(np.int64)
+    place = head[:, None] * kv.k.shape[1] + kv.table.numpy()[seq, index.pages.numpy()[at]]
     keys = width.pages * size
     edges = [0, *(np.flatnonzero(block[1:] != block[:-1]) + 1).tolist(), len(block)]
     seen = (keys - size + pos % size + 1).tolist()
     runs = [(first, last, seen[first]) for first, last in itertools.pairwise(edges)]
-    return RowKeys(torch.from_numpy(head), torch.from_numpy(page), None, keys, runs)
+    return RowKeys(torch.from_numpy(place), None, keys, runs)
 
 
 def _page_keys(
@@ -156,10 +155,10 @@ def _page_keys(
         visible = _sees(kv, seq, head, (page[..., None] * size + token).reshape(len(head), -1), pos)
     if not real.all():
         visible &= real.repeat(size, 1)
-    physical = torch.from_numpy(kv.table.numpy()[seq[:, None], page].astype(np.int64))
+    place = torch.from_numpy(head[:, None] * kv.k.shape[1] + kv.table.numpy()[seq[:, None], page])
     shown, none = torch.from_numpy(visible)[:, None], torch.from_numpy(unwritten)
     keys = width.pages * size
-    return RowKeys(torch.from_numpy(head), physical, None, keys, [(0, len(head), keys)], shown, none)
+    return RowKeys(place, None, keys, [(0, len(head), keys)], shown, none)
 
 
 def _sees(kv: PagedKV, seq: Array, head: Array, key: Array, pos: Array) -> Array:
@@ -185,10 +184,10 @@ def _token_keys(
     key = np.concatenate((key, single), 1)
     visible = _sees(kv, seq, head, key, pos)
     key = np.where(visible, key, pos)
-    physical = kv.table.numpy()[seq[:, None], key // kv.page_size].astype(np.int64)
+    physical = kv.table.numpy()[seq[:, None], key // kv.page_size]
     slot = torch.from_numpy((head[:, None] * kv.k.shape[1] + physical) * kv.page_size + key % kv.page_size)
     shown, keys = torch.from_numpy(visible)[:, None], key.shape[1]
-    return RowKeys(torch.from_numpy(head), None, slot, keys, [(0, len(head), keys)], shown)
+    return RowKeys(None, slot, keys, [(0, len(head), keys)], shown)
 
 
 def _run(values: Tensor, start: Tensor, count: Tensor, head: Array, block: Array, width: int, fill: int) -> Array:
