@@ -21,8 +21,8 @@ help: ## show this list
 serve: $(VENV)/installed ## serve gossamer-demo on 127.0.0.1:8000
 	@$(BIN)/gossamer serve $(ARGS)
 
-test: $(VENV)/installed-dev ## run the tests
-	@$(BIN)/pytest $(ARGS)
+test: $(VENV)/installed-dev ## run the tests, in two processes
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style and formatting
 	@$(BIN)/ruff check .

@@ -18,7 +18,7 @@ def run_interpreted(file: str) -> None:
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
     assert " passed" in found.stdout, found.stdout[-4000:]
