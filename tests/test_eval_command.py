@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ def test_own_prompts_at_every_point_with_pictures(prompts: Path, tmp_path: Path)
     assert all(each.read_bytes().startswith(b"\x89PNG") for each in pictures.iterdir())
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT interrupts also where the tests were started in the background, by a shell that has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_what_was_answered(
     prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
