@@ -136,12 +136,12 @@ def choose_mass(mass: Tensor, share: float) -> Tensor:
     they add up to at least `share` of the row's sum. Equal entries are kept or left together; share 1 keeps all that
     are > 0, share 0 none."""
     assert 0 <= share <= 1
-    if share in (0, 1):  # 1: a sum may round to the whole before the smallest entry is in it
+    if share in (0, 1) or mass.numel() == 0:  # 1: a sum may round to the whole before the smallest entry is in it
         return (mass > 0) & (share == 1)
     rows = _rows(mass)
     mask = torch.empty(rows.shape, dtype=torch.bool)
     step = _rows_at_once(mass)
-    for low in range(0, rows.numel() and len(rows), step):
+    for low in range(0, len(rows), step):
         row = rows[low : low + step].numpy()
         falling = np.sort(row)[:, ::-1]  # several times as fast as torch's
         sums = falling.cumsum(-1, dtype=np.float64)

@@ -108,15 +108,12 @@ def read_rows(pool: Pool, slot: Tensor, to: Tensor | None = None) -> Tensor:
 
 def _rows(table: Tensor, slot: Tensor, to: Tensor | None = None) -> Tensor:
     """table [G, P, S, D]"""
-    if not table.is_contiguous():
-        page, size = slot // table.shape[2], table.shape[1]
-        copy = table[page // size, page % size, slot % table.shape[2]]
-        return copy if to is None else to.copy_(copy)
-    rows = table.view(-1, table.shape[3])
-    if to is None:
-        return rows.index_select(0, slot.flatten()).view(*slot.shape, -1)
-    torch.index_select(rows, 0, slot.flatten(), out=to.view(slot.numel(), -1))
-    return to
+    _, pages, size, dim = table.shape
+    if table.is_contiguous():
+        return _taken(table.view(-1, dim), slot, dim, to)
+    page = slot // size
+    copy = table[page // pages, page % pages, slot % size]
+    return copy if to is None else to.copy_(copy)
 
 
 def read_pages(pool: Pool, place: Tensor, to: Tensor | None = None) -> Tensor:
@@ -129,11 +126,16 @@ def read_pages(pool: Pool, place: Tensor, to: Tensor | None = None) -> Tensor:
 def _pages(table: Tensor, place: Tensor, to: Tensor | None = None) -> Tensor:
     """table [G, P, S, D]"""
     _, pages, size, dim = table.shape
-    if not table.is_contiguous():
-        copy = table[place // pages, place % pages].flatten(1, 2)
-        return copy if to is None else to.copy_(copy)
+    if table.is_contiguous():
+        return _taken(table.view(-1, size * dim), place, dim, to)
+    copy = table[place // pages, place % pages].flatten(1, 2)
+    return copy if to is None else to.copy_(copy)
+
+
+def _taken(rows: Tensor, place: Tensor, dim: int, to: Tensor | None) -> Tensor:
+    """rows [R, w], place [X, c] -> a copy of these rows [X, c * w / dim, dim], in `to` if given."""
     at = place.flatten()
     if to is None:
-        return table.flatten(0, 1).index_select(0, at).view(len(place), -1, dim)
-    torch.index_select(table.view(-1, size * dim), 0, at, out=to.view(len(at), size * dim))
+        return rows.index_select(0, at).view(len(place), -1, dim)
+    torch.index_select(rows, 0, at, out=to.view(len(at), -1))
     return to

@@ -6,19 +6,16 @@ What to copy is worked out in numpy, whose small operations take a third of the 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.kernels.cpu_attention import attend_in_pieces, merge
 from gossamer.kernels.cpu_gathered import padded, write_rows
 from gossamer.kernels.cpu_pages import pools, read_pages, read_rows
-from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
-
-Array = NDArray[Any]
+from gossamer.kernels.layout import Array, PagedKV, QueryBlocks, SparseIndex
 
 COPIED_BYTES = 4 << 20  # keys and values copied at once, so few that they are still in a core's cache when read
 

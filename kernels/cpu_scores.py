@@ -76,8 +76,7 @@ def _single_queries(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Column
     their last bit depends on the others in the batch."""
     groups, each, ratio = kv.heads.numel(), columns.per_page, kv.ratio
     mass = torch.zeros(groups, len(blocks), kv.table.shape[1] * each)
-    heads = torch.from_numpy((kv.heads.numpy()[:, None] * ratio + np.arange(ratio, dtype=np.int32)).ravel())
-    rows = q.index_select(0, blocks.token).index_select(1, heads).float().mul_(scale)
+    rows = q.index_select(0, blocks.token).index_select(1, _heads(kv, slice(0, groups))).float().mul_(scale)
     rows = rows.view(len(blocks), groups, ratio, q.shape[2]).transpose(0, 1)  # [G, N, ratio, d]
     queries = columns.queries(slice(0, groups), rows.flatten(1, 2)).unflatten(1, (-1, ratio))
     past = [row.pos // blocks.size * blocks.size // kv.page_size for row in blocks.rows]  # pages
@@ -89,11 +88,7 @@ def _single_queries(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Column
         table, first = kv.table.numpy()[row.seq, :pages], 0
         for keys in _keys(columns, slice(0, groups), table, PASSING):
             last = first + keys.shape[2]
-            found = _products(queries[:, n], keys)
-            if last - first == pages * each:
-                logits = found
-            else:
-                logits[..., first:last] = found
+            logits[..., first:last] = _products(queries[:, n], keys)
             first = last
         absent = table == NULL_PAGE
         released = torch.from_numpy(absent.repeat(each)) if absent.any() else None
@@ -131,9 +126,13 @@ def _parts(runs: list[slice], logits: int) -> Iterator[slice]:
 def _rows(q: Tensor, kv: PagedKV, blocks: QueryBlocks, part: slice, own: slice) -> Tensor:
     """The queries of a run's tiles, for the heads `own` -> [X, n, count, ratio, d] float32."""
     first, tiles, ratio = blocks.rows[part.start], part.stop - part.start, kv.ratio
-    heads = (kv.heads[own, None] * ratio + torch.arange(ratio)).flatten()
-    rows = q[first.token : first.token + tiles * first.count].index_select(1, heads).float()
+    rows = q[first.token : first.token + tiles * first.count].index_select(1, _heads(kv, own)).float()
     return rows.view(tiles, first.count, -1, ratio, q.shape[2]).permute(2, 0, 1, 3, 4)
+
+
+def _heads(kv: PagedKV, own: slice) -> Tensor:
+    """The query heads that read the KV heads `own`."""
+    return (kv.heads[own, None] * kv.ratio + torch.arange(kv.ratio)).flatten()
 
 
 def _keys(columns: Columns, own: slice, pages: NDArray[np.int32], floats: int) -> Iterator[Tensor]:

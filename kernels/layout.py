@@ -6,12 +6,15 @@ P physical pages, L logical pages of the longest sequence, S tokens per page, D 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.kernels.fp8 import FP8, SCALE
+
+Array = NDArray[Any]  # on the host
 
 PAGE_SIZE = 64
 NULL_PAGE = -1  # a logical page whose memory was released

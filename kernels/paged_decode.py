@@ -4,13 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.kernels.cpu_attention import Part, attend_in_pieces, merge
 from gossamer.kernels.cpu_pages import in_place, pools, read_span
 from gossamer.kernels.cpu_rows import attend_rows
-from gossamer.kernels.layout import PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.layout import Array, PagedKV, QueryBlocks, SparseIndex
 
 
 def paged_decode(
@@ -88,7 +87,7 @@ class Run(NamedTuple):
 
 def _runs_in_place(
     kv: PagedKV, blocks: QueryBlocks, index: SparseIndex, heads: list[int]
-) -> tuple[list[Run], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+) -> tuple[list[Run], tuple[Array, Array]]:
     """Runs to read in place, and of the other rows head (of kv's) and block, [X] each. In numpy, whose small operations
     take a third of the time of torch's: with short contexts this is what a step consists of."""
     start, count, pages = index.start.numpy(), index.count.numpy(), index.pages.numpy()

@@ -3,16 +3,11 @@
 The safety rules live here and nowhere else.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks, SparseIndex
-
-Array = NDArray[Any]
+from gossamer.kernels.layout import NULL_PAGE, Array, PagedKV, QueryBlocks, SparseIndex
 
 
 def readable_runs(pages: Tensor, tokens: Tensor | None, kv: PagedKV, blocks: QueryBlocks) -> SparseIndex:
