@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.kernels.layout import NULL_PAGE, PagedKV, QueryBlocks
+from gossamer.kernels.native import compiles
 
 Kind = Literal["tokens", "share", "mass", "part", "weight"]
 
 PIECE = 1 << 20  # entries that are sorted at once
-LONG = 1 << 12  # entries of a row from which on it is sampled first
-SAMPLED = 16  # one of so many
 
 
 def choose_pages(
@@ -36,13 +35,17 @@ def choose_pages(
         from gossamer.kernels.triton.choose import launch_pages
 
         return launch_pages(mass, kv, blocks, kind=kind, value=value, least=least, recent=recent)
+    if compiles():
+        from gossamer.kernels.native.choose import launch_pages as launch_on_cpu
+
+        return launch_on_cpu(mass, kv, blocks, kind=kind, value=value, least=least, recent=recent)
     return choose_pages_torch(mass, kv, blocks, kind=kind, value=value, least=least, recent=recent)
 
 
 def choose_pages_torch(
     mass: Tensor, kv: PagedKV, blocks: QueryBlocks, *, kind: Kind, value: float, least: int = 0, recent: int = 0
 ) -> Tensor:
-    """What choose_pages means; also how the CPU runs it."""
+    """What choose_pages means."""
     size, pos, page = kv.page_size, blocks.pos.numpy(), np.arange(kv.table.shape[1], dtype=np.int32)
     first, seen = pos // blocks.size * blocks.size // size, (pos + blocks.count.numpy() - 1) // size + 1
     past = (page < first[:, None]) & (kv.table.numpy()[blocks.seq.numpy()] != NULL_PAGE)
@@ -82,7 +85,7 @@ def choose_count(mass: Tensor, keep: Tensor) -> Tensor:
     step = _rows_at_once(mass)
     for low in range(0, len(rows), step):
         row, k, chosen = (each[low : low + step] for each in (rows, wanted, mask))
-        if row.numel() == 0 or _clear_cut(row.numpy(), k.numpy(), chosen.numpy()):
+        if row.numel() == 0:
             continue
         k = torch.minimum(k.long().clamp(min=0)[:, None], (row > 0).sum(-1, keepdim=True))
         most = int(k.max())
@@ -97,38 +100,6 @@ def choose_count(mass: Tensor, keep: Tensor) -> Tensor:
         spare = k - above.sum(-1, keepdim=True)
         chosen.copy_(above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= spare)))
     return mask.view(mass.shape)
-
-
-def _clear_cut(row: NDArray[np.float32], k: NDArray[np.int32], chosen: NDArray[np.bool_]) -> bool:
-    """row [R, L], k [R]: whether `chosen` [R, L] now holds the answer, because every row keeps equally many and none
-    has an equal entry below the last. numpy's partition takes a quarter of the time of topk on long rows."""
-    most, width = int(k[0]), row.shape[1]
-    if not 0 < most < width or (k != most).any():
-        return False
-    at = width - most
-    least = np.partition(row, at)[:, at : at + 1]
-    np.greater_equal(row, least, out=chosen)
-    return bool(least.min() > 0) and np.count_nonzero(chosen) == len(row) * most
-
-
-def _largest(row: NDArray[np.float32], k: int) -> Tensor | None:
-    """row [L] -> [k] int32: the places of its k largest entries, ascending; None where that many are not above 0, or
-    some are equal to the last of them. Of a long row only what is as large as a sample tells is looked at twice, which
-    takes a quarter of the time of a partition and of a mask for all of it."""
-    sample = np.ascontiguousarray(row[::SAMPLED])
-    enough = k // SAMPLED + k // (4 * SAMPLED) + 16  # of the sample: then a quarter more than k is rarely too few
-    if enough < len(sample):
-        few = len(sample) - enough
-        places = np.flatnonzero(row >= np.partition(sample, few)[few])
-    else:
-        places = np.arange(len(row))
-    values = row[places]
-    if len(values) < k:  # the sample was misled
-        places, values = np.arange(len(row)), row
-    at = len(values) - k
-    least = np.partition(values, at)[at]
-    kept = places[values >= least]
-    return torch.from_numpy(kept.astype(np.int32)) if least > 0 and len(kept) == k else None
 
 
 def choose_mass(mass: Tensor, share: float) -> Tensor:
@@ -162,21 +133,20 @@ def choose_tokens(mass: Tensor, most: int, share: float) -> Tensor:
         from gossamer.kernels.triton.choose import launch_tokens
 
         return launch_tokens(mass, most, share)
+    if compiles():
+        from gossamer.kernels.native.choose import launch_tokens as launch_on_cpu
+
+        return launch_on_cpu(mass, most, share)
     return choose_tokens_torch(mass, most, share)
 
 
 def choose_tokens_torch(mass: Tensor, most: int, share: float) -> Tensor:
-    """What choose_tokens means; also how the CPU runs it."""
+    """What choose_tokens means."""
     rows, k = _rows(mass), min(most, mass.shape[-1])
     if share == 0 or len(rows) * k == 0:
         found = torch.full((len(rows), k), -1, dtype=torch.int32)
-    elif rows.shape[1] < LONG:
-        found = _positions(choose_count(rows, torch.full((len(rows),), k, dtype=torch.int32)), k)
     else:
-        found = torch.empty(len(rows), k, dtype=torch.int32)
-        for row, to in zip(rows, found, strict=True):
-            places = _largest(row.numpy(), k)
-            to.copy_(_positions(choose_count(row[None], torch.tensor([k])), k)[0] if places is None else places)
+        found = _positions(choose_count(rows, torch.full((len(rows),), k, dtype=torch.int32)), k)
     if 0 < share < 1:
         found = _until(rows, found, share)
     return found.view(*mass.shape[:-1], k)

@@ -83,42 +83,6 @@ def _attend_capped(
     return out, lse
 
 
-def attend_in_pieces(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-    visible: Tensor | None = None,
-    piece: int,
-) -> list[Part]:
-    """As `attend` for one query each (M == 1), cut into pieces of `piece` keys that run in parallel, and a rest: for
-    heads that cannot be shared out evenly among the cores."""
-    whole = k.shape[1] // piece
-    if whole < 2 or softcap > 0:
-        return [attend(q, k, v, scale=scale, softcap=softcap, visible=visible)]
-    end = whole * piece
-    bias = seen = None
-    if visible is not None:
-        seen = visible[:, 0, :end].unflatten(1, (whole, 1, piece))
-        bias = torch.zeros(seen.shape, dtype=torch.float32).masked_fill_(~seen, -torch.inf)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.to(k.dtype).transpose(1, 2).expand(-1, whole, -1, -1),
-        k[:, :end].unflatten(1, (whole, piece)),
-        v[:, :end].unflatten(1, (whole, piece)),
-        attn_mask=bias,
-        scale=scale,
-    )
-    if seen is not None:
-        lse = lse.masked_fill(~seen.any(-1), -torch.inf)
-    parts = [(out[:, i, :, None], lse[:, i, :, None]) for i in range(whole)]
-    if end < k.shape[1]:
-        rest = None if visible is None else visible[..., end:]
-        parts.append(attend(q, k[:, end:], v[:, end:], scale=scale, visible=rest))
-    return parts
-
-
 def merge(parts: Sequence[Part], sinks: Tensor | None = None) -> Part:
     """Join what disjoint sets of keys gave to the same queries. sinks [B, R]: a logit without a value for each head.
 

@@ -35,14 +35,10 @@ class Columns(Protocol):
 
 PART = 2**21  # logits computed at a time, more only where one query's do not fit
 GATHERED = 2**20  # floats of keys held at a time, more only where one head's of one sequence do not fit
-FEW = 16  # queries whose products are cheap beside the keys they read
-PASSING = 2**19  # ... where they are used only once, so that they are still in the cache
 
 
 def mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Columns, *, scale: float) -> Tensor:
     """The mass of each past column -> [G, N, L * columns.per_page] float32."""
-    if all(row.count == 1 for row in blocks.rows) and len({row.seq for row in blocks.rows}) == len(blocks):
-        return _single_queries(q, kv, blocks, columns, scale)
     groups, each = kv.heads.numel(), columns.per_page
     mass = torch.zeros(groups, len(blocks), kv.table.shape[1] * each)
     limit = blocks.origin // kv.page_size * each  # [N]: columns from here on are not past
@@ -68,35 +64,6 @@ def mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Columns, *,
                 shares = shares.amax(2)
                 shares /= shares.sum(-1, keepdim=True)  # 0 / 0 where nothing is past
                 mass[own, part, :end] = shares.masked_fill_(~past, 0.0)
-    return mass
-
-
-def _single_queries(q: Tensor, kv: PagedKV, blocks: QueryBlocks, columns: Columns, scale: float) -> Tensor:
-    """mass_torch for one query per sequence. Its sums run over the columns of that sequence alone, so that not even
-    their last bit depends on the others in the batch."""
-    groups, each, ratio = kv.heads.numel(), columns.per_page, kv.ratio
-    mass = torch.zeros(groups, len(blocks), kv.table.shape[1] * each)
-    rows = q.index_select(0, blocks.token).index_select(1, _heads(kv, slice(0, groups))).float().mul_(scale)
-    rows = rows.view(len(blocks), groups, ratio, q.shape[2]).transpose(0, 1)  # [G, N, ratio, d]
-    queries = columns.queries(slice(0, groups), rows.flatten(1, 2)).unflatten(1, (-1, ratio))
-    past = [row.pos // blocks.size * blocks.size // kv.page_size for row in blocks.rows]  # pages
-    rooms = torch.empty(2, groups * ratio * each * max(past, default=0))  # for all: fresh memory costs more than sums
-    for n, (row, pages) in enumerate(zip(blocks.rows, past, strict=True)):
-        if pages == 0:
-            continue
-        logits, shares = (room[: groups * ratio * each * pages].view(groups, ratio, -1) for room in rooms)
-        table, first = kv.table.numpy()[row.seq, :pages], 0
-        for keys in _keys(columns, slice(0, groups), table, PASSING):
-            last = first + keys.shape[2]
-            logits[..., first:last] = _products(queries[:, n], keys)
-            first = last
-        absent = table == NULL_PAGE
-        released = torch.from_numpy(absent.repeat(each)) if absent.any() else None
-        if released is not None:
-            logits.masked_fill_(released, -torch.inf)
-        largest = torch.softmax(logits, -1, out=shares).amax(1)
-        largest /= largest.sum(-1, keepdim=True)  # 0 / 0 where nothing is left
-        mass[:, n, : each * pages] = largest if released is None else largest.masked_fill_(released, 0.0)
     return mass
 
 
@@ -168,10 +135,7 @@ def _mean_shares(rows: Tensor, keys: Sequence[Tensor], past: Tensor, columns: Co
 
 def _products(queries: Tensor, keys: Tensor) -> Tensor:
     """queries [X, rows, e], keys [X, c, C, e] -> [X, rows, C], the largest of each column's c."""
-    if (each := keys.shape[1]) > 1 and queries.shape[1] <= FEW:
-        side_by_side = torch.bmm(queries, keys.transpose(1, 2).flatten(1, 2).mT)
-        return side_by_side.view(*side_by_side.shape[:2], -1, each).amax(-1)
     found = torch.bmm(queries, keys[:, 0].mT)
-    for c in range(1, each):
+    for c in range(1, keys.shape[1]):
         torch.maximum(found, torch.bmm(queries, keys[:, c].mT), out=found)
     return found

@@ -116,6 +116,11 @@ class QueryBlocks:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def single(self) -> bool:
+        """Whether each tile has one query."""
+        return self.size == 1 or all(row.count == 1 for row in self.rows)
+
     def take(self, own: Sequence[int]) -> "QueryBlocks":
         """Some of the tiles."""
         return QueryBlocks.of(self.size, [self.rows[n] for n in own], self.seq.device)

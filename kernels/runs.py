@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.layout import NULL_PAGE, Array, PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.native import compiles
 
 
 def readable_runs(pages: Tensor, tokens: Tensor | None, kv: PagedKV, blocks: QueryBlocks) -> SparseIndex:
@@ -22,12 +23,15 @@ def readable_runs(pages: Tensor, tokens: Tensor | None, kv: PagedKV, blocks: Que
         from gossamer.kernels.triton.runs import launch
 
         return launch(pages, tokens, kv, blocks)
+    if compiles():
+        from gossamer.kernels.native.runs import launch as launch_on_cpu
+
+        return launch_on_cpu(pages, tokens, kv, blocks)
     return readable_runs_torch(pages, tokens, kv, blocks)
 
 
 def readable_runs_torch(pages: Tensor, tokens: Tensor | None, kv: PagedKV, blocks: QueryBlocks) -> SparseIndex:
-    """What readable_runs means; also how the CPU runs it. What is as large as the table is done in numpy, whose small
-    operations take a third of the time of torch's."""
+    """What readable_runs means."""
     size, seq, pos = kv.page_size, blocks.seq.numpy(), blocks.pos.numpy()
     page = np.arange(kv.table.shape[1], dtype=np.int32)  # [L]
     last = (pos + blocks.count.numpy() - 1)[:, None]  # [N, 1]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gossamer.kernels.cpu_scores import mass_torch
 from gossamer.kernels.layout import PagedKV, QueryBlocks
+from gossamer.kernels.native import reads
 
 
 def page_mass(q: Tensor, kv: PagedKV, blocks: QueryBlocks, keys: Tensor, *, scale: float) -> Tensor:
@@ -24,6 +25,10 @@ def page_mass(q: Tensor, kv: PagedKV, blocks: QueryBlocks, keys: Tensor, *, scal
         from gossamer.kernels.triton.score_pages import launch
 
         return launch(q, kv, blocks, keys, scale=scale)
+    if reads(keys, q.shape[2]) and blocks.single:
+        from gossamer.kernels.native.scores import launch as launch_on_cpu
+
+        return launch_on_cpu(q, kv, blocks, keys, columns=1, scale=scale)
     return page_mass_torch(q, kv, blocks, keys, scale=scale)
 
 
@@ -37,16 +42,20 @@ def bound_mass(q: Tensor, kv: PagedKV, blocks: QueryBlocks, bounds: Tensor, *, s
         from gossamer.kernels.triton.score_pages import launch_bounds
 
         return launch_bounds(q, kv, blocks, bounds, scale=scale)
+    if reads(bounds, q.shape[2]) and blocks.single:
+        from gossamer.kernels.native.scores import launch as launch_on_cpu
+
+        return launch_on_cpu(q, kv, blocks, bounds, columns=1, split=True, scale=scale)
     return bound_mass_torch(q, kv, blocks, bounds, scale=scale)
 
 
 def page_mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, keys: Tensor, *, scale: float) -> Tensor:
-    """What page_mass means; also how the CPU runs it."""
+    """What page_mass means; also how the CPU runs it for prompts."""
     return mass_torch(q, kv, blocks, _PageKeys(keys), scale=scale)
 
 
 def bound_mass_torch(q: Tensor, kv: PagedKV, blocks: QueryBlocks, bounds: Tensor, *, scale: float) -> Tensor:
-    """What bound_mass means; also how the CPU runs it."""
+    """What bound_mass means; also how the CPU runs it for prompts."""
     return mass_torch(q, kv, blocks, _Bounds(bounds), scale=scale)
 
 

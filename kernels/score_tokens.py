@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gossamer.kernels.cpu_scores import mass_torch
 from gossamer.kernels.layout import PagedKV, QueryBlocks
+from gossamer.kernels.native import reads
 
 
 def label_mass(
@@ -20,13 +21,17 @@ def label_mass(
         from gossamer.kernels.triton.score_tokens import launch
 
         return launch(q, kv, blocks, labels, channels, scale=scale)
+    if reads(labels, labels.shape[3], q.shape[2]) and blocks.single:
+        from gossamer.kernels.native.scores import launch as launch_on_cpu
+
+        return launch_on_cpu(q, kv, blocks, labels, columns=labels.shape[2], channels=channels, scale=scale)
     return label_mass_torch(q, kv, blocks, labels, channels, scale=scale)
 
 
 def label_mass_torch(
     q: Tensor, kv: PagedKV, blocks: QueryBlocks, labels: Tensor, channels: Tensor, *, scale: float
 ) -> Tensor:
-    """What label_mass means; also how the CPU runs it."""
+    """What label_mass means; also how the CPU runs it for prompts."""
     return mass_torch(q, kv, blocks, _Labels(labels, channels.long()), scale=scale)
 
 

@@ -1,26 +1,27 @@
-"""The attention kernels' torch forms against the definition, in float64."""
+"""The attention kernels as a CPU runs them, and what they mean in torch, against the definition in float64."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 from kernel_cases import Case, check, make_case, reference
-from torch import Tensor
 
-from gossamer.kernels import cpu_gathered, cpu_rows
-from gossamer.kernels.cpu_attention import Part
-from gossamer.kernels.layout import NULL_PAGE, PAGE_SIZE, UNLIMITED, PagedKV, QueryBlocks, SparseIndex
-from gossamer.kernels.paged_decode import paged_decode
+from gossamer.kernels import cpu_gathered
+from gossamer.kernels.layout import NULL_PAGE, UNLIMITED, PagedKV, QueryBlocks, SparseIndex
+from gossamer.kernels.paged_decode import paged_decode, paged_decode_torch
 from gossamer.kernels.paged_prefill import paged_prefill
 
 WINDOWS = ((0, UNLIMITED), (64, 256), (3, 70), (0, 100), (130, 1), (0, 64), (100, 65))
 
 
 def run(case: Case, softcap: float = 0.0, sinks: torch.Tensor | None = None) -> None:
-    kernel = paged_decode if case.blocks.size == 1 else paged_prefill
-    out, lse = case.blank()
-    kernel(case.q, case.kv, case.blocks, case.index, out, lse, scale=case.scale, softcap=softcap, sinks=sinks)
-    check(out, lse, reference(case, softcap, sinks), case.q.dtype)
+    kernels = (paged_decode, paged_decode_torch) if case.blocks.size == 1 else (paged_prefill,)
+    right = reference(case, softcap, sinks)
+    for kernel in kernels:
+        out, lse = case.blank()
+        kernel(case.q, case.kv, case.blocks, case.index, out, lse, scale=case.scale, softcap=softcap, sinks=sinks)
+        check(out, lse, right, case.q.dtype)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.4])
@@ -125,46 +126,6 @@ def test_everything_selected_equals_plain_attention() -> None:
     torch.testing.assert_close(out[1:1001].double(), plain.transpose(0, 1), atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("tokens", [0, 20])
-@pytest.mark.parametrize("copied", [1, 1 << 20])
-def test_copies_that_hold_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, tokens: int, copied: int) -> None:
-    """One, or three of four that read equally much."""
-    monkeypatch.setattr(cpu_rows, "COPIED_BYTES", copied)
-    spans = [(700, 1), (640, 1), (130, 1), (1100, 1)]
-    for windows, same_heads in (((0, UNLIMITED), (70, 300)), False), (((0, UNLIMITED),), True):
-        run(
-            make_case(
-                spans,
-                tile=1,
-                density=0.5,
-                tokens=tokens,
-                windows=windows,
-                heads=(0, 1, 3, 4),
-                layer_heads=5,
-                same_heads=same_heads,
-            )
-        )
-
-
-def test_a_sequence_whose_heads_fill_a_copy_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what a core takes of a row is a part of what the row may see."""
-    seen: list[tuple[int, Tensor | None, int]] = []
-    attend = cpu_rows.attend_in_pieces
-
-    def noted(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, piece: int, **options: float) -> list[Part]:
-        seen.append((k.shape[1], visible, piece))
-        return attend(q, k, v, visible=visible, piece=piece, **options)
-
-    monkeypatch.setattr(cpu_rows, "attend_in_pieces", noted)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    for copied, cores in ((1 << 19, 1), (1, 2)):
-        monkeypatch.setattr(cpu_rows, "COPIED_BYTES", copied)
-        run(make_case([(1100, 1), (1000, 1)], tile=1, density=0.5, same_heads=True, heads=(0, 1, 2, 3)))
-        assert seen and all(visible is None and keys % PAGE_SIZE in (1101 % 64, 1001 % 64) for keys, visible, _ in seen)
-        assert all(piece == keys // cores for keys, _, piece in seen)
-        seen.clear()
-
-
 def test_widths_are_padded_by_an_eighth_at_most() -> None:
     for count in range(1, 3000):
         width = cpu_gathered.padded(count)
@@ -173,24 +134,29 @@ def test_widths_are_padded_by_an_eighth_at_most() -> None:
     assert len({cpu_gathered.padded(count) for count in range(1, 1025)}) == 4 + 8 * 7
 
 
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many for torch, and as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
-@pytest.mark.parametrize("tokens", [0, 50])
-@pytest.mark.parametrize("cores", [2, 3, 5])
-def test_rows_are_cut_into_pieces_where_fewer_are_copied_at_once_than_there_are_cores(
-    monkeypatch: pytest.MonkeyPatch, cores: int, tokens: int, softcap: float
-) -> None:
-    """Whatever a piece sees of its row: also nothing, or a part of a page."""
-    monkeypatch.setattr(cpu_rows, "COPIED_BYTES", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
-    spans = [(700, 1), (1290, 1), (130, 1)]
-    case = make_case(spans, tile=1, density=0.5, tokens=tokens, windows=((0, UNLIMITED), (70, 300)))
-    run(case, softcap)
+@pytest.mark.parametrize("tokens", [0, 50, 2100])
+def test_runs_of_many_pieces_on_any_number_of_threads(threads: int, tokens: int, softcap: float) -> None:
+    """Whatever a piece sees of its run: also nothing, or a part of a page; and never another's result."""
+    spans = [(700, 1), (2990, 1), (130, 1), (4000, 1)]
+    case = make_case(spans, tile=1, density=0.3, tokens=tokens, windows=((0, UNLIMITED), (70, 300)), ratio=5)
+    run(case, softcap, torch.randn(case.q.shape[1], generator=torch.Generator().manual_seed(0)))
     together, lse = case.blank()
-    options = {"scale": case.scale, "softcap": softcap}
-    paged_decode(case.q, case.kv, case.blocks, case.index, together, lse, **options)
+    paged_decode(case.q, case.kv, case.blocks, case.index, together, lse, scale=case.scale, softcap=softcap)
+    torch.set_num_threads(3)
     for n, row in enumerate(case.blocks.rows):
         alone, _ = case.blank()
-        paged_decode(case.q, case.kv, *case.only(n), alone, lse, **options)
+        paged_decode(case.q, case.kv, *case.only(n), alone, lse, scale=case.scale, softcap=softcap)
         assert torch.equal(alone[row.token], together[row.token])
 
 
@@ -224,14 +190,6 @@ def test_any_strides(tile: int, shuffled: bool) -> None:
             kernel = paged_decode if tile == 1 else paged_prefill
             kernel(case.q, other, case.blocks, case.index, out, lse, scale=case.scale)
             check(out, lse, reference(case), torch.float32)
-
-
-def test_one_long_sequence_is_spread_over_many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    monkeypatch.setattr("gossamer.kernels.paged_decode.PIECE", 128)
-    for length, softcap in ((1000, 0.0), (1024, 0.0), (255, 0.0), (1000, 2.0)):
-        case = make_case([(length - 1, 1)], tile=1, ratio=3, shuffled=False)
-        run(case, softcap, torch.randn(case.q.shape[1]))
 
 
 @pytest.mark.parametrize("tile", [1, 64])

@@ -1,4 +1,4 @@
-"""What is chosen of scores: against sorting in Python, and the Triton form against the torch form."""
+"""What is chosen of scores: against sorting in Python, and the compiled forms against the torch form."""
 
 import itertools
 import math
@@ -11,8 +11,6 @@ from kernel_checks import run_interpreted
 from torch import Tensor
 
 from gossamer.kernels.choose import (
-    LONG,
-    SAMPLED,
     Kind,
     choose_count,
     choose_mass,
@@ -22,6 +20,7 @@ from gossamer.kernels.choose import (
     choose_tokens_torch,
 )
 from gossamer.kernels.layout import NULL_PAGE, BlockRow, PagedKV, QueryBlocks
+from gossamer.kernels.native.choose import LONG, SAMPLED
 
 SHARES = (0.0, 1e-9, 0.3, 0.5, 0.9, 0.999, 1.0)
 
@@ -95,9 +94,10 @@ def test_choose_mass(rows: list[list[float]], share: float) -> None:
 
 @given(calls, st.integers(0, 32), shares)
 def test_choose_tokens(rows: list[list[float]], most: int, share: float) -> None:
-    tokens = choose_tokens(torch.tensor(rows), most, share)
-    assert tokens.dtype == torch.int32
-    assert tokens.tolist() == [expected_tokens(row, most, share) for row in rows]
+    for choose in (choose_tokens, choose_tokens_torch):
+        tokens = choose(torch.tensor(rows), most, share)
+        assert tokens.dtype == torch.int32
+        assert tokens.tolist() == [expected_tokens(row, most, share) for row in rows]
 
 
 @given(calls, st.floats(0, 1), st.floats(0, 1))
@@ -129,13 +129,14 @@ def test_long_rows_and_any_number_of_dimensions(shape: tuple[int, ...], monkeypa
         found = choose_mass(mass, share)
         assert found.shape == mass.shape
         assert found.view(-1, shape[-1]).tolist() == [expected_mass(row, share) for row in flat]
-        tokens = choose_tokens(mass, 20, share)
-        assert tokens.shape == (*shape[:-1], min(20, shape[-1]))
-        assert tokens.view(-1, tokens.shape[-1]).tolist() == [expected_tokens(row, 20, share) for row in flat]
+        for choose in (choose_tokens, choose_tokens_torch):
+            tokens = choose(mass, 20, share)
+            assert tokens.shape == (*shape[:-1], min(20, shape[-1]))
+            assert tokens.view(-1, tokens.shape[-1]).tolist() == [expected_tokens(row, 20, share) for row in flat]
 
 
 @pytest.mark.parametrize("most", [1, 300, 2000, 5000])
-def test_rows_that_are_sampled_first(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_sampled_first(most: int) -> None:
     """Two of them so that the sample misleads: what is large is seen by it alone, or not at all."""
     width, gen = LONG + 7, torch.Generator().manual_seed(2)
     mass = make_rows((7, width), seed=1)
@@ -146,9 +147,9 @@ def test_rows_that_are_sampled_first(most: int, monkeypatch: pytest.MonkeyPatch)
     mass[6, ~seen] += 1
     tokens = choose_tokens(mass, most, 1.0)
     assert tokens.tolist() == [expected_tokens(row, most, 1.0) for row in mass.tolist()]
-    if most < LONG:  # rows without equal entries, and with enough above 0, need nothing else
-        monkeypatch.setattr("gossamer.kernels.choose.choose_count", None)
-        assert torch.equal(choose_tokens(mass[[0, 5, 6]], most, 1.0), tokens[[0, 5, 6]])
+    assert torch.equal(tokens, choose_tokens_torch(mass, most, 1.0))
+    for share in (0.01, 0.5, 0.9):
+        assert torch.equal(choose_tokens(mass, most, share), choose_tokens_torch(mass, most, share))
 
 
 def test_a_budget_for_each_column_of_rows_and_views() -> None:
@@ -237,8 +238,10 @@ def expected_pages(
 def test_choose_pages(width: int, size: int) -> None:
     mass, kv, blocks = make_pages(width, size)
     for (kind, value), (least, recent) in itertools.product(BUDGETS, [(0, 0), (17, 0), (0, 5), (9, 16)]):
-        found = choose_pages(mass, kv, blocks, kind=kind, value=value, least=least, recent=recent)
+        options = {"kind": kind, "value": value, "least": least, "recent": recent}
+        found = choose_pages(mass, kv, blocks, **options)
         assert found.dtype == torch.bool and found.shape == mass.shape
+        assert torch.equal(found, choose_pages_torch(mass, kv, blocks, **options))
         for g, n in itertools.product(range(2), range(len(blocks))):
             row, table = mass[g, n].tolist(), kv.table[blocks.rows[n].seq].tolist()
             right = expected_pages(row, table, blocks.rows[n], size, kind, value, least, recent)

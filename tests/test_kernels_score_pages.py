@@ -1,4 +1,5 @@
-"""page_mass and bound_mass: the torch forms against the definition in float64, the Triton kernels against those."""
+"""page_mass and bound_mass: what a CPU runs and what they mean in torch against the definition in float64, the Triton
+kernels against torch."""
 
 import pytest
 import torch
@@ -15,14 +16,15 @@ from mass_cases import (
 
 from gossamer.kernels import cpu_scores
 from gossamer.kernels.layout import PagedKV, QueryBlocks
-from gossamer.kernels.score_pages import bound_mass, page_mass
+from gossamer.kernels.score_pages import bound_mass, bound_mass_torch, page_mass, page_mass_torch
 
 
 def check_both(case: MassCase, stretches: int = 4) -> None:
     keys, bounds = case.table(case.q.shape[2]), case.bounds(stretches)
     given = (case.q, case.kv, case.blocks)
-    check_mass(page_mass(*given, keys, scale=SCALE), reference_mass(case, 1, page_logits(keys)))
-    check_mass(bound_mass(*given, bounds, scale=SCALE), reference_mass(case, 1, bound_logits(bounds)))
+    for of_keys, of_bounds in ((page_mass, bound_mass), (page_mass_torch, bound_mass_torch)):
+        check_mass(of_keys(*given, keys, scale=SCALE), reference_mass(case, 1, page_logits(keys)))
+        check_mass(of_bounds(*given, bounds, scale=SCALE), reference_mass(case, 1, bound_logits(bounds)))
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 4, 8, 16])
@@ -44,7 +46,6 @@ def test_head_sizes_types_and_released_pages(dim: int, released: bool, dtype: to
 def test_parts_of_any_size(monkeypatch: pytest.MonkeyPatch, part: int, gathered: int) -> None:
     monkeypatch.setattr(cpu_scores, "PART", part)
     monkeypatch.setattr(cpu_scores, "GATHERED", gathered)
-    monkeypatch.setattr(cpu_scores, "PASSING", gathered)
     check_both(make_mass_case([(100, 200), (0, 33), (230, 3)], released=True))
     check_both(make_mass_case([(700, 1), (20, 1), (230, 1)], released=True, tile=1))
 
