@@ -41,10 +41,19 @@ def gate_queries_torch(
     real = (within < blocks.count[:, None])[:, :, None, None]
     mean = (plain * real).sum(1) / blocks.count[:, None, None]  # [N, G * ratio, D]
     grouped = mean.unflatten(1, (own.numel(), kv.ratio)).flatten(2)  # [N, G, ratio * D]
-    gate = torch.einsum("ngd,gjde->ngje", grouped, weight[own].float()).flatten(1, 2)
+    gate = torch.einsum("ngd,gjde->ngje", grouped, _of_heads(weight, kv).float()).flatten(1, 2)
     if norm is not None:
         gate = torch.nn.functional.rms_norm(gate, norm.shape, norm.float(), EPSILON)
     gate = turned.turn(gate, blocks.origin[:, None].expand(gate.shape[:2]))
     found = torch.empty(len(blocks), *weight.shape[:2], weight.shape[3], device=q.device)
     found[:, own] = gate.unflatten(1, (own.numel(), -1))
     return found.flatten(1, 2)
+
+
+def _of_heads(weight: Tensor, kv: PagedKV) -> Tensor:
+    """weight [KV heads of the layer, ...] -> those of the view; on a CPU not copied where they lie side by side."""
+    if not weight.is_cuda and len(kv.heads):
+        first, last = int(kv.heads[0]), int(kv.heads[-1])
+        if kv.heads.tolist() == list(range(first, last + 1)):
+            return weight[first : last + 1]
+    return weight[kv.heads.long()]

@@ -9,6 +9,7 @@ import torch
 
 from gossamer.kernels.fp8 import FP8, SCALE
 from gossamer.kernels.layout import NULL_PAGE
+from gossamer.kvcache.host_memory import ask_for_large_pages
 from gossamer.kvcache.prefix import PrefixIndex
 
 PageArray = npt.NDArray[np.int32]
@@ -45,6 +46,8 @@ class PagePool:
         kept = FP8 if fp8 else dtype
         self.k = torch.empty(slots, num_pages, page_size, head_dim, dtype=kept, device=device)
         self.v = torch.empty_like(self.k)
+        for table in (self.k, self.v):
+            ask_for_large_pages(table)
         self.scale = torch.empty(2, slots, num_pages, page_size, dtype=SCALE, device=device) if fp8 else None
         self.summaries = {
             name: torch.empty(slots, num_pages, *shape, dtype=dtype, device=device)

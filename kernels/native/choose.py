@@ -44,7 +44,7 @@ def launch_pages(
         table_row=kv.table.stride(0), page_size=kv.page_size, kind=KINDS.index(kind), least=least, recent=recent,
         value=value,
     )  # fmt: skip
-    run(_choose_pages(), work)
+    run(choose_pages(), work)
     return chosen
 
 
@@ -55,7 +55,7 @@ def launch_tokens(mass: Tensor, most: int, share: float) -> Tensor:
         TOKENS, next=taken, rows=mass.shape[:-1].numel(), mass=mass, width=mass.shape[-1], most=found.shape[-1],
         found=found, share=share,
     )  # fmt: skip
-    run(_choose_tokens(), work)
+    run(choose_tokens(), work)
     return found
 
 
@@ -121,7 +121,7 @@ def _mark_largest(bits, keep, chosen):
 
 
 @functools.cache
-def _choose_pages() -> Body:
+def choose_pages() -> Body:
     def body(address):
         work = carray(address, 1)[0]
         ranks = np.empty(work.width, np.float32)
@@ -160,7 +160,10 @@ def _choose_pages() -> Body:
             else:
                 least = np.float32(work.value)
                 if work.kind == 3:
-                    least = max(least * mass.max(), TINY)
+                    most = np.float32(0)
+                    for share in mass:
+                        most = max(most, share)
+                    least = max(least * most, TINY)
                 for i in range(work.width):
                     chosen[i] = mass[i] >= least
             if work.least > 0:
@@ -185,7 +188,7 @@ def _mark_mass(mass, share, chosen):
 
 
 @functools.cache
-def _choose_tokens() -> Body:
+def choose_tokens() -> Body:
     def body(address):
         work = carray(address, 1)[0]
         places, kept = np.empty(work.width, np.int32), np.empty(work.width, np.int32)

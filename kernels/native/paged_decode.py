@@ -68,9 +68,9 @@ def launch(
         out=out, out_kind=out_kind, out_token=out_token, out_head=out_head, lse=lse, lse_token=lse_token,
         lse_head=lse_head, sinks=sinks, scale=scale, softcap=softcap,
     )  # fmt: skip
-    run(_attend_pieces(kind_of(kv.k)), work)
+    run(attend_pieces(kind_of(kv.k)), work)
     work["next"] = taken[1:].data_ptr()
-    run(_join_pieces(), work)
+    run(join_pieces(), work)
 
 
 def _found(dim: int) -> int:
@@ -80,7 +80,7 @@ def _found(dim: int) -> int:
 
 
 @functools.cache
-def _attend_pieces(kind: str) -> Body:
+def attend_pieces(kind: str) -> Body:
     attend = attend_of(kind)
 
     def body(at):
@@ -91,6 +91,7 @@ def _attend_pieces(kind: str) -> Body:
         while True:
             piece = take(work.next)
             if piece >= work.pieces:
+                room[0] = 0  # Numba frees it after the last use that it sees
                 return
             item = _item_of(work, piece)
             listed = _list_keys(work, item, piece, keys)
@@ -191,7 +192,7 @@ def _query(work, item, row):
 
 
 @functools.cache
-def _join_pieces() -> Body:
+def join_pieces() -> Body:
     def body(at):
         work = carray(at, 1)[0]
         while True:

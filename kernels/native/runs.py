@@ -31,14 +31,14 @@ def launch(pages: Tensor, tokens: Tensor | None, kv: PagedKV, blocks: QueryBlock
         page_size=kv.page_size, start=start, count=count, pages=listed, token_start=token_start,
         token_count=token_count, kept=kept,
     )  # fmt: skip
-    run(_list(), work)
+    run(list_runs(), work)
     if tokens is None:
         return SparseIndex(start, count, listed)
     return SparseIndex(start, count, listed, token_start, token_count, kept)
 
 
 @functools.cache
-def _list() -> Body:
+def list_runs() -> Body:
     def body(address):
         work = carray(address, 1)[0]
         while True:

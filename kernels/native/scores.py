@@ -30,7 +30,7 @@ from gossamer.kernels.native.lanes import (
 )
 from gossamer.kernels.native.queries import kind_of, read_queries, rows_of
 from gossamer.kernels.native.team import Body, compiled, float32_at, int32_at, job, run, take
-from gossamer.kernels.native.tile import FOUR, add_products_of, totals, zeros
+from gossamer.kernels.native.tile import FOUR, add_products_of, products_of_sixteen, totals, zeros
 
 LISTED = 1024  # keys whose places are worked out at once
 FLOOR, TINY = np.float32(-1e20), np.float32(1e-30)  # below any score, above LOWEST; below any sum of weights
@@ -71,13 +71,13 @@ def launch(
         key_page=keys.stride(1) * size, columns=columns, each=each, most=most, mass=mass, width=mass.shape[2],
         scale=scale,
     )  # fmt: skip
-    run(_score(kind_of(keys)), work)
+    run(score(kind_of(keys)), work)
     return mass
 
 
 @functools.cache
-def _score(kind: str) -> Body:
-    size, add_products = SIZES[kind], add_products_of(kind)
+def score(kind: str) -> Body:
+    size, add_products, turned = SIZES[kind], add_products_of(kind), kind == "bfloat16"
 
     @njit(error_model="numpy")
     def multiply_keys(q, dim, keys, at, listed, scores):
@@ -94,9 +94,26 @@ def _score(kind: str) -> Body:
                         prefetch(keys + at[key] + line)
             store(scores + 16 * i, totals(tile))
 
+    @njit(error_model="numpy")
+    def score_pages(work, q, keys, table, first, last, at, scores, to):
+        """The largest products of each column of some pages [..., 4], to `to`."""
+        listed, of_page = 0, work.columns * work.each
+        for page in range(first, last):
+            begin = max(table[page], 0) * work.key_page
+            for key in range(of_page):
+                at[listed] = begin + key * work.dim * size
+                listed += 1
+        for i in range(FOUR):
+            at[listed + i] = at[0]
+        if work.each == 1:
+            multiply_keys(q, work.dim, keys, at, listed, to)
+        else:
+            multiply_keys(q, work.dim, keys, at, listed, scores)
+            _largest_of(scores, listed, work.each, to)
+
     def body(address):
         work = carray(address, 1)[0]
-        dim = work.dim
+        dim, columns = work.dim, work.columns
         room_for = work.most + 2 * LANES  # columns
         room = np.empty(FOUR * (work.q_dim + dim) + 5 * room_for + FOUR * (LISTED + FOUR) + 2 * LANES, np.float32)
         q = room.ctypes.data // 64 * 64 + 64
@@ -105,39 +122,50 @@ def _score(kind: str) -> Body:
         largest = found + 16 * room_for
         scores = largest + 4 * room_for
         at = np.empty(LISTED + FOUR, np.int64)
+        turns = turned and dim == LANES and work.each == 1 and columns % LANES == 0
+        pages = max(1, LISTED // (columns * work.each))
         while True:
             item = take(work.next)
             if item >= work.items:
+                room[0] = 0  # Numba frees it after the last use that it sees
                 return
             n, g = item % work.blocks, item // work.blocks
             past = np.int64(carray(int32_at(work.pos), work.blocks)[n]) // work.size * work.size // work.page_size
             table = carray(int32_at(work.table + 4 * work.table_row * carray(int32_at(work.seq), work.blocks)[n]), past)
-            keys, of_page = work.keys + g * work.key_head, work.columns * work.each
-            pages = max(1, LISTED // of_page)
+            keys = work.keys + g * work.key_head
             for row in range(0, work.ratio, FOUR):
                 _read(work, item, row, whole, q)
                 for first in range(0, past, pages):
                     last = min(first + pages, past)
-                    listed = 0
-                    for page in range(first, last):
-                        begin = max(table[page], 0) * work.key_page
-                        for key in range(of_page):
-                            at[listed] = begin + key * dim * size
-                            listed += 1
-                    for i in range(FOUR):
-                        at[listed + i] = at[0]
-                    to = found + 16 * first * work.columns
-                    multiply_keys(q, dim, keys, at, listed, to if work.each == 1 else scores)
-                    if work.each > 1:
-                        _largest_of(scores, listed, work.each, to)
+                    to = found + 16 * first * columns
+                    if turns:
+                        _score_turned(q, keys, work.key_page, table, first, last, columns, to)
+                    else:
+                        score_pages(work, q, keys, table, first, last, at, scores, to)
                     for page in range(first, last):
                         if table[page] < 0:
-                            for i in range(FOUR * work.columns * page, FOUR * work.columns * (page + 1)):
+                            for i in range(FOUR * columns * page, FOUR * columns * (page + 1)):
                                 store_number(found + 4 * i, LOWEST)
-                _share(found, past * work.columns, work.ratio - row, largest, row == 0)
-            _write(work, item, largest, past * work.columns)
+                _share(found, past * columns, work.ratio - row, largest, row == 0)
+            _write(work, item, largest, past * columns)
 
     return compiled(JOB, body)
+
+
+@njit(error_model="numpy")
+def _score_turned(q, keys, step, table, first, last, columns, to):
+    """Products of four queries with the keys of some pages, of LANES channels in bfloat16, one for each column."""
+    for page in range(first, last):
+        own, then = keys + max(table[page], 0) * step, keys + max(table[min(page + 1, last - 1)], 0) * step
+        for column in range(0, columns, LANES):
+            for line in range(0, 2 * LANES * LANES, LINE):
+                prefetch(then + 2 * LANES * column + line)
+            found = products_of_sixteen(q, 4 * LANES, own + 2 * LANES * column)
+            store(to, found[0])
+            store(to + 64, found[1])
+            store(to + 128, found[2])
+            store(to + 192, found[3])
+            to += 256
 
 
 @njit(error_model="numpy")
@@ -151,13 +179,14 @@ def _read(work, item, row, whole, q):
     if plain:
         return
     queries, own = carray(float32_at(whole), (FOUR, dim)), carray(float32_at(q), (FOUR, work.dim))
-    if work.split != 0:
-        own[:, :dim] = np.minimum(queries, np.float32(0))
-        own[:, dim:] = np.maximum(queries, np.float32(0))
-    else:
-        channels = carray(int32_at(work.channels), (work.groups, work.dim))[g]
+    channels = carray(int32_at(work.channels + 4 * g * work.dim), work.dim)
+    for r in range(FOUR):
         for j in range(work.dim):
-            own[:, j] = queries[:, channels[j]] if channels[j] >= 0 else np.zeros(FOUR, np.float32)
+            if work.split == 0:
+                own[r, j] = queries[r, channels[j]] if channels[j] >= 0 else np.float32(0)
+            else:
+                number = queries[r, j % dim]
+                own[r, j] = number if (number < 0) == (j < dim) else np.float32(0)
 
 
 @njit(error_model="numpy")

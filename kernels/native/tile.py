@@ -1,5 +1,7 @@
 """Sixteen registers of sixteen numbers: what four queries and four keys, or four queries and 64 channels, come to."""
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -10,6 +12,7 @@ from gossamer.kernels.native.lanes import (
     FAST,
     FLOAT,
     FLOATS,
+    INTS,
     LANES,
     LOADS,
     SIZES,
@@ -157,3 +160,62 @@ def add_weighted_of(kind: str) -> Any:
         return tile(tile, types.int64, types.int64), generate
 
     return add_weighted
+
+
+@intrinsic
+def products_of_sixteen(typing, query, row, keys):
+    """Four queries of LANES channels, float32 and `row` bytes from one to the next, with sixteen keys of bfloat16 that
+    lie side by side -> the four products of each of the first four keys, and so on: four registers.
+
+    Sums across lanes would be most of the work, so the keys are turned first: until each register has one pair of
+    channels of all keys.
+    """
+
+    def generate(context, build, sig, x):
+        two_keys = ir.Constant(x[2].type, 2 * LANES * 2)  # bytes
+        read = [loaded(build, _plus(build, x[2], two_keys, n), INTS, 2) for n in range(LANES // 2)]
+        sums: list[Value] = [ir.Constant(FLOATS, [0.0] * LANES)] * FOUR
+        for c, pair in enumerate(_turned(build, read)):
+            halves = (
+                build.shl(pair, ir.Constant(INTS, [16] * LANES)),
+                build.and_(pair, ir.Constant(INTS, [-65536] * LANES)),
+            )
+            for channel, half in zip((2 * c, 2 * c + 1), halves, strict=True):
+                for n in range(FOUR):
+                    at = build.add(_plus(build, x[0], x[1], n), ir.Constant(x[0].type, 4 * channel))
+                    number = spread(build, loaded(build, at, FLOAT, 4))
+                    sums[n] = called(build, "fma", number, build.bitcast(half, FLOATS), sums[n])
+        return _packed(build, _by_key(build, sums))
+
+    return _tile(FOUR)(types.int64, types.int64, types.int64), generate
+
+
+def _turned(build: ir.IRBuilder, registers: list[Value]) -> list[Value]:
+    """Eight pairs of one key and of the next in each of eight registers -> one pair of all sixteen keys in each."""
+    rows, place = [registers], lambda pair, key: LANES // 2 * key + pair
+    for width in (4, 8, 16):  # keys of a register
+        pairs, half = LANES // width, width // 2
+        turned = []
+        for row in rows:
+            for first in (0, pairs):
+                own = itertools.product(range(first, first + pairs), range(width))
+                order = [place(pair, key % half) + LANES * (key // half) for pair, key in own]
+                turned.append([shuffled(build, a, b, order) for a, b in zip(row[::2], row[1::2], strict=True)])
+        rows, place = turned, _by_pair(width)
+    return [register for (register,) in rows]
+
+
+def _by_key(build: ir.IRBuilder, sums: list[Value]) -> list[Value]:
+    """Of each of four queries a number for each of sixteen keys -> the four numbers of four keys in each register."""
+    found = []
+    for low in (0, 8):
+        order = [k + lane for k in range(low, low + 8) for lane in (0, LANES)]
+        first, last = shuffled(build, sums[0], sums[1], order), shuffled(build, sums[2], sums[3], order)
+        for key in (0, 8):
+            both = [k + lane for k in range(key, key + 8, 2) for lane in (0, 1, LANES, LANES + 1)]
+            found.append(shuffled(build, first, last, both))
+    return found
+
+
+def _by_pair(width: int) -> Callable[[int, int], int]:
+    return lambda pair, key: width * pair + key

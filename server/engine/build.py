@@ -15,6 +15,7 @@ from gossamer.attention.quality import QualitySampler
 from gossamer.kernels.dense_prefill import LEAST_QUERIES
 from gossamer.kernels.fp8 import FP8
 from gossamer.kernels.layout import PAGE_SIZE
+from gossamer.kernels.native import compile_all
 from gossamer.kvcache.cache import KVCache
 from gossamer.kvcache.groups import HeadGroup, group_heads
 from gossamer.kvcache.sizing import Sizing, bytes_per_page, longest_sequence, size_pools
@@ -169,7 +170,10 @@ def assemble(
         token_capacity=sizing.token_capacity,
         seed=config.seed,
     )
-    if model.device.type == "cuda":
+    if model.device.type == "cpu":
+        report("Compiling kernels")
+        compile_all(model.dtype)
+    else:
         _prepare(engine, loop.executor, config, min(step_tokens, longest - 1), -(-longest // PAGE_SIZE), report)
     return engine
 
