@@ -46,13 +46,13 @@ class PagePool:
         kept = FP8 if fp8 else dtype
         self.k = torch.empty(slots, num_pages, page_size, head_dim, dtype=kept, device=device)
         self.v = torch.empty_like(self.k)
-        for table in (self.k, self.v):
-            ask_for_large_pages(table)
         self.scale = torch.empty(2, slots, num_pages, page_size, dtype=SCALE, device=device) if fp8 else None
         self.summaries = {
             name: torch.empty(slots, num_pages, *shape, dtype=dtype, device=device)
             for name, shape in (summaries or {}).items()
         }
+        for table in (self.k, self.v, *self.summaries.values()):
+            ask_for_large_pages(table)
         self.index = PrefixIndex()
         self._refs = np.zeros(num_pages, dtype=np.int32)
         self._free = np.ones(num_pages, dtype=np.bool_)

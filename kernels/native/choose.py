@@ -60,16 +60,23 @@ def launch_tokens(mass: Tensor, most: int, share: float) -> Tensor:
 
 
 @njit(error_model="numpy")
+def _count_from(bits, least):
+    """How many entries are at least `least`; with a count of as many bits as an entry, sixteen are compared at once."""
+    count = np.int32(0)
+    for i in range(len(bits)):
+        count = np.int32(count + np.int32(bits[i] >= least))
+    return count
+
+
+@njit(error_model="numpy")
 def _as_many(bits, keep):
     """bits [L] int32 -> the `keep`-th largest (1 or more, and no more than are above 0), and how many equal to it are
     among the `keep` largest."""
     low, high = np.int32(1), BEYOND  # at least `keep` are as large as low, and fewer as high
     above = 0
     while high - low > 1:
-        middle = low + (high - low) // np.int32(2)
-        count = 0
-        for entry in bits:
-            count += entry >= middle
+        middle = np.int32(low + (high - low) // 2)
+        count = _count_from(bits, middle)
         if count >= keep:
             low = middle
         else:
@@ -93,7 +100,7 @@ def _as_much(bits, enough):
     low, high = np.int32(1), BEYOND
     above = np.float64(0)
     while high - low > 1:
-        middle = low + (high - low) // np.int32(2)
+        middle = np.int32(low + (high - low) // 2)
         total = _sum_from(bits, middle)
         if total >= enough:
             low = middle
@@ -105,10 +112,7 @@ def _as_much(bits, enough):
 @njit(error_model="numpy")
 def _mark_largest(bits, keep, chosen):
     """Adds the `keep` largest entries that are above 0 to what is chosen; of equal ones those with the lower index."""
-    positive = 0
-    for entry in bits:
-        positive += entry > 0
-    keep = min(keep, positive)
+    keep = min(keep, _count_from(bits, np.int32(1)))
     if keep <= 0:
         return
     least, spare = _as_many(bits, keep)
@@ -240,10 +244,7 @@ def _list_largest(bits, most, sample, places, kept):
     if len(bits) >= LONG and enough < count:
         for i in range(count):
             sample[i] = bits[i * SAMPLED]
-        positive = 0
-        for i in range(count):
-            positive += sample[i] > 0
-        if positive >= enough:
+        if _count_from(sample[:count], np.int32(1)) >= enough:
             least, _ = _as_many(sample[:count], enough)
     listed = _list_from(bits, least, places, kept)
     return listed if listed >= most or least == 1 else _list_from(bits, np.int32(1), places, kept)

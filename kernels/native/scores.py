@@ -30,8 +30,17 @@ from gossamer.kernels.native.lanes import (
 )
 from gossamer.kernels.native.queries import kind_of, read_queries, rows_of
 from gossamer.kernels.native.team import Body, compiled, float32_at, int32_at, job, run, take
-from gossamer.kernels.native.tile import FOUR, add_products_of, products_of_sixteen, totals, zeros
+from gossamer.kernels.native.tile import (
+    FOUR,
+    add_products_of,
+    add_products_with_sixteen,
+    by_key,
+    four_zeros,
+    totals,
+    zeros,
+)
 
+SHORT = 64  # channels of keys that are turned rather than summed across
 LISTED = 1024  # keys whose places are worked out at once
 FLOOR, TINY = np.float32(-1e20), np.float32(1e-30)  # below any score, above LOWEST; below any sum of weights
 
@@ -122,7 +131,7 @@ def score(kind: str) -> Body:
         largest = found + 16 * room_for
         scores = largest + 4 * room_for
         at = np.empty(LISTED + FOUR, np.int64)
-        turns = turned and dim == LANES and work.each == 1 and columns % LANES == 0
+        turns = turned and dim <= SHORT and work.each == 1 and columns % LANES == 0
         pages = max(1, LISTED // (columns * work.each))
         while True:
             item = take(work.next)
@@ -139,7 +148,7 @@ def score(kind: str) -> Body:
                     last = min(first + pages, past)
                     to = found + 16 * first * columns
                     if turns:
-                        _score_turned(q, keys, work.key_page, table, first, last, columns, to)
+                        _score_turned(q, dim, keys, work.key_page, table, first, last, columns, to)
                     else:
                         score_pages(work, q, keys, table, first, last, at, scores, to)
                     for page in range(first, last):
@@ -153,14 +162,18 @@ def score(kind: str) -> Body:
 
 
 @njit(error_model="numpy")
-def _score_turned(q, keys, step, table, first, last, columns, to):
-    """Products of four queries with the keys of some pages, of LANES channels in bfloat16, one for each column."""
+def _score_turned(q, dim, keys, step, table, first, last, columns, to):
+    """Products of four queries with the keys of some pages, in bfloat16, one for each column."""
+    row = 2 * dim
     for page in range(first, last):
         own, then = keys + max(table[page], 0) * step, keys + max(table[min(page + 1, last - 1)], 0) * step
         for column in range(0, columns, LANES):
-            for line in range(0, 2 * LANES * LANES, LINE):
-                prefetch(then + 2 * LANES * column + line)
-            found = products_of_sixteen(q, 4 * LANES, own + 2 * LANES * column)
+            for line in range(row * column, row * (column + LANES), LINE):
+                prefetch(then + line)
+            sums = four_zeros()
+            for j in range(0, dim, LANES):
+                sums = add_products_with_sixteen(sums, q + 4 * j, 4 * dim, own + row * column + 2 * j, row)
+            found = by_key(sums)
             store(to, found[0])
             store(to + 64, found[1])
             store(to + 128, found[2])

@@ -12,6 +12,7 @@ from gossamer.kernels.native.lanes import (
     FAST,
     FLOAT,
     FLOATS,
+    INT,
     INTS,
     LANES,
     LOADS,
@@ -163,31 +164,43 @@ def add_weighted_of(kind: str) -> Any:
 
 
 @intrinsic
-def products_of_sixteen(typing, query, row, keys):
-    """Four queries of LANES channels, float32 and `row` bytes from one to the next, with sixteen keys of bfloat16 that
-    lie side by side -> the four products of each of the first four keys, and so on: four registers.
+def add_products_with_sixteen(typing, sums, query, row, keys, step):
+    """sums: four registers, of each of four queries its products with sixteen keys; to which LANES channels are added.
+    query: address of the first, float32, `row` bytes from one to the next; keys: of the first, bfloat16, with `step`.
 
-    Sums across lanes would be most of the work, so the keys are turned first: until each register has one pair of
-    channels of all keys.
+    Sums across lanes would be most of the work where keys are short, so the keys are turned first: until each register
+    has one pair of channels of all keys.
     """
 
     def generate(context, build, sig, x):
-        two_keys = ir.Constant(x[2].type, 2 * LANES * 2)  # bytes
-        read = [loaded(build, _plus(build, x[2], two_keys, n), INTS, 2) for n in range(LANES // 2)]
-        sums: list[Value] = [ir.Constant(FLOATS, [0.0] * LANES)] * FOUR
+        registers, half = _listed(build, x[0]), ir.VectorType(INT, LANES // 2)
+        read = []
+        for n in range(0, LANES, 2):
+            two = (loaded(build, _plus(build, x[3], x[4], key), half, 2) for key in (n, n + 1))
+            read.append(build.shuffle_vector(*two, ir.Constant(INTS, list(range(LANES)))))
         for c, pair in enumerate(_turned(build, read)):
-            halves = (
-                build.shl(pair, ir.Constant(INTS, [16] * LANES)),
-                build.and_(pair, ir.Constant(INTS, [-65536] * LANES)),
-            )
-            for channel, half in zip((2 * c, 2 * c + 1), halves, strict=True):
+            lower = build.shl(pair, ir.Constant(INTS, [16] * LANES))
+            upper = build.and_(pair, ir.Constant(INTS, [-(1 << 16)] * LANES))
+            for channel, numbers in ((2 * c, lower), (2 * c + 1, upper)):
                 for n in range(FOUR):
-                    at = build.add(_plus(build, x[0], x[1], n), ir.Constant(x[0].type, 4 * channel))
-                    number = spread(build, loaded(build, at, FLOAT, 4))
-                    sums[n] = called(build, "fma", number, build.bitcast(half, FLOATS), sums[n])
-        return _packed(build, _by_key(build, sums))
+                    at = build.add(_plus(build, x[1], x[2], n), ir.Constant(x[1].type, 4 * channel))
+                    factor = spread(build, loaded(build, at, FLOAT, 4))
+                    registers[n] = called(build, "fma", factor, build.bitcast(numbers, FLOATS), registers[n])
+        return _packed(build, registers)
 
-    return _tile(FOUR)(types.int64, types.int64, types.int64), generate
+    return sums(sums, *[types.int64] * 4), generate
+
+
+@intrinsic
+def by_key(typing, sums):
+    """Of each of four queries a number for each of sixteen keys -> the four numbers of four keys in each register."""
+    return sums(sums), lambda context, build, sig, x: _packed(build, _by_key(build, _listed(build, x[0])))
+
+
+@intrinsic
+def four_zeros(typing):
+    """Four registers."""
+    return _tile(FOUR)(), lambda context, build, sig, x: _packed(build, [ir.Constant(FLOATS, [0.0] * LANES)] * FOUR)
 
 
 def _turned(build: ir.IRBuilder, registers: list[Value]) -> list[Value]:
@@ -206,7 +219,6 @@ def _turned(build: ir.IRBuilder, registers: list[Value]) -> list[Value]:
 
 
 def _by_key(build: ir.IRBuilder, sums: list[Value]) -> list[Value]:
-    """Of each of four queries a number for each of sixteen keys -> the four numbers of four keys in each register."""
     found = []
     for low in (0, 8):
         order = [k + lane for k in range(low, low + 8) for lane in (0, LANES)]

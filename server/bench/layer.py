@@ -38,8 +38,8 @@ class Shape:
         return torch.randn(tokens, heads, self.head_dim, dtype=self.dtype, device=self.device)
 
     def labels(self) -> Labels:
-        """A quarter of the channels of each head."""
-        few = max(1, self.head_dim // 4)
+        """Sixteen channels of each head, or a quarter where that is less."""
+        few = max(1, min(16, self.head_dim // 4))
         channels = torch.stack([torch.randperm(self.head_dim)[:few] for _ in range(self.kv_heads)]).int()
         return Labels("noise", tuple(map(tuple, channels.tolist())), channels.to(self.device))
 
