@@ -3,7 +3,7 @@
 The least that a backend has to do, on the same cache but without us: no rules for windows, no shared launches, no head
 that differs from another. "copied": pages in given places are copied side by side, since torch's fused attention reads
 rows at one stride, and attended to in one call. "chosen": pages are scored by their mean keys first, and the best are
-taken. "labelled": single tokens are, by a quarter of the channels of their keys.
+taken. "labelled": single tokens are, by a few channels of their keys.
 """
 
 from collections.abc import Callable, Mapping

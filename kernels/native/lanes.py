@@ -224,7 +224,7 @@ def exp(typing, x):
         power = _largest(build, build.fmul(x[0], _number(math.log2(math.e))), _number(-127.0))
         whole = called(build, "rint", power)
         rest = build.fsub(power, whole)
-        # Taylor's series of 2 ** rest; at 1/2 the first term that is left out is 2 ** -26
+        # Taylor's series of 2 ** rest; at 1/2 the first term that is left out is below 2 ** -27
         found = _number(math.log(2) ** 7 / math.factorial(7))
         for n in range(6, -1, -1):
             found = called(build, "fma", found, rest, _number(math.log(2) ** n / math.factorial(n)))

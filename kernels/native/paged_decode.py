@@ -23,7 +23,7 @@ PAGES = 16  # of a piece, or as many single tokens as fit into them: cut by a ru
 INTEGERS = (
     "next", "pieces", "item_piece", "items", "blocks", "groups", "found",
     "start", "count", "pages", "token_start", "token_count", "tokens",
-    "seq", "token", "pos", "heads", "sequences", "table", "table_row", "sink", "window", "rule_row",
+    "seq", "token", "pos", "heads", "table", "table_row", "sink", "window", "rule_row",
     "k", "v", "kv_head", "kv_page", "kv_row", "page_size", "dim", "ratio",
     "q", "q_kind", "q_token", "q_head", "out", "out_kind", "out_token", "out_head",
     "lse", "lse_token", "lse_head", "sinks",
@@ -43,6 +43,7 @@ def launch(
     softcap: float,
     sinks: Tensor | None,
 ) -> None:
+    assert kv.sink.stride() == kv.window.stride()
     start, count = index.start.contiguous(), index.count.contiguous()
     pieces = -(-count.numpy().ravel() // PAGES)
     token_start = token_count = None
@@ -62,7 +63,7 @@ def launch(
         JOB, next=taken, pieces=len(found), item_piece=held, items=len(pieces), blocks=len(blocks),
         groups=len(kv.heads), found=found, start=start, count=count, pages=index.pages, token_start=token_start,
         token_count=token_count, tokens=index.tokens, seq=blocks.seq, token=blocks.token, pos=blocks.pos,
-        heads=kv.heads, sequences=len(kv.table), table=kv.table, table_row=kv.table.stride(0), sink=kv.sink,
+        heads=kv.heads, table=kv.table, table_row=kv.table.stride(0), sink=kv.sink,
         window=kv.window, rule_row=kv.sink.stride(0), k=kv.k, v=kv.v, kv_head=head, kv_page=page, kv_row=row,
         page_size=kv.page_size, dim=dim, ratio=kv.ratio, q=q, q_kind=q_kind, q_token=q_token, q_head=q_head,
         out=out, out_kind=out_kind, out_token=out_token, out_head=out_head, lse=lse, lse_token=lse_token,
@@ -104,22 +105,10 @@ def attend_pieces(kind: str) -> Body:
                 for j in range(0, FOUR * work.dim + LANES, LANES):
                     store(total + 4 * j, splat(np.float32(0)))
                 scores = q + 4 * FOUR * work.dim
+                own, cap = keys[: listed + FOUR], work.softcap
                 for first in range(0, listed, KEYS):
                     last = min(first + KEYS, listed)
-                    attend(
-                        q,
-                        work.k,
-                        work.v,
-                        keys[: listed + FOUR],
-                        first,
-                        last,
-                        work.dim,
-                        work.softcap,
-                        scores,
-                        best,
-                        total,
-                        sums,
-                    )
+                    attend(q, work.k, work.v, own, first, last, work.dim, cap, scores, best, total, sums)
 
     return compiled(JOB, body)
 

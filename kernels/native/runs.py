@@ -18,6 +18,7 @@ JOB = np.dtype([(name, "i8") for name in (
 
 
 def launch(pages: Tensor, tokens: Tensor | None, kv: PagedKV, blocks: QueryBlocks) -> SparseIndex:
+    assert kv.sink.stride() == kv.window.stride()
     shape, width, most = pages.shape[:2], pages.shape[2], 0 if tokens is None else tokens.shape[2]
     taken, pages = torch.zeros(1, dtype=torch.int64), pages.contiguous()
     start, count, token_start, token_count = torch.empty(4, *shape, dtype=torch.int32).unbind()

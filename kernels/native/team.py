@@ -75,5 +75,6 @@ def run(body: Body, work: Array) -> None:
 def job(kind: "np.dtype[Any]", /, **fields: int | float | Tensor | None) -> Array:
     """One job [1] of this kind, its fields in order; of a tensor the address (its owner has to keep it), 0 for None."""
     assert tuple(fields) == kind.names
+    assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in fields.values() if isinstance(x, Tensor) and x.numel())
     numbers = [x if type(x) is int else x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in fields.values()]
     return np.array([tuple(numbers)], dtype=kind)
