@@ -20,6 +20,7 @@ def kind_of(numbers: Tensor) -> str:
 
 def rows_of(numbers: Tensor) -> tuple[int, int, int]:
     """[T, H, ...] -> the dtype's number, bytes from a token to the next, and from a head to the next."""
+    assert numbers.dim() == 2 or numbers.stride(-1) == 1
     token, head = numbers.stride()[:2]
     size = numbers.element_size()
     return KINDS.index(kind_of(numbers)), token * size, head * size

@@ -72,9 +72,14 @@ def run(body: Body, work: Array) -> None:
         entry(body.address, work.ctypes.data, threads, 0)
 
 
+def _dense(x: Tensor) -> bool:
+    """Whether the last entries lie side by side; of other numbers than places and counts the job has all steps."""
+    return x.is_floating_point() or x.numel() == 0 or x.stride(-1) == 1 or x.shape[-1] == 1
+
+
 def job(kind: "np.dtype[Any]", /, **fields: int | float | Tensor | None) -> Array:
     """One job [1] of this kind, its fields in order; of a tensor the address (its owner has to keep it), 0 for None."""
     assert tuple(fields) == kind.names
-    assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in fields.values() if isinstance(x, Tensor) and x.numel())
+    assert all(_dense(x) for x in fields.values() if isinstance(x, Tensor))
     numbers = [x if type(x) is int else x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in fields.values()]
     return np.array([tuple(numbers)], dtype=kind)
