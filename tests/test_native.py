@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import make_case
+from mass_cases import SCALE, make_mass_case
 from numba import carray
 
 from gossamer.kernels import native
-from gossamer.kernels.layout import UNLIMITED, BlockRow, PagedKV, QueryBlocks
+from gossamer.kernels.layout import NULL_PAGE, UNLIMITED, BlockRow, PagedKV, QueryBlocks
 from gossamer.kernels.native.team import compiled, int64_at, job, run, take
 from gossamer.kernels.paged_decode import paged_decode, paged_decode_torch
 from gossamer.kernels.score_pages import page_mass, page_mass_torch
@@ -66,6 +67,15 @@ def test_scores_far_apart_and_far_from_zero() -> None:
     torch.testing.assert_close(
         page_mass(q, kv, blocks, keys, scale=1.0), page_mass_torch(q, kv, blocks, keys, scale=1.0)
     )
+
+
+def test_released_pages_do_not_count_whatever_lies_in_the_first_page() -> None:
+    """A number that is none would be nothing to an exponential, so here the pages that nobody may read hold much."""
+    case = make_mass_case(dim=64, released=True, tile=1)
+    keys, given = case.table(64).nan_to_num(1e3), (case.q, case.kv, case.blocks)
+    torch.testing.assert_close(page_mass(*given, keys, scale=SCALE), page_mass_torch(*given, keys, scale=SCALE))
+    case.kv.table.fill_(NULL_PAGE)
+    assert not page_mass(*given, keys, scale=SCALE).any()
 
 
 def test_without_numba_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
