@@ -94,17 +94,9 @@ class Tiles:
         return batches
 
 
-def padded(count: int) -> int:
-    """Round up to a power of two below eight, to one of eight steps per power of two above: few widths are left, and
-    where the copies are long at most an eighth is wasted."""
-    if count <= 8:
-        return 1 << max(0, count - 1).bit_length()
-    step = 1 << (count.bit_length() - 4)
-    return -(-count // step) * step
-
-
 def padded_width(count: Tensor) -> Tensor:
-    """`padded`, for many."""
+    """Rounded up to a power of two below eight, to one of eight steps per power of two above: few widths are left, and
+    where the copies are long at most an eighth is wasted."""
     power = count.clamp(min=1).double().log2()
     step = torch.where(count <= 8, torch.exp2(power.ceil()), torch.exp2(power.floor() - 3)).long().clamp(min=1)
     return (count + step - 1) // step * step

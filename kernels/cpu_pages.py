@@ -21,10 +21,9 @@ class Pool(NamedTuple):
         """What is stored, in a type that every operation of torch knows."""
         return self.stored if self.scale is None else self.stored.view(torch.uint8)
 
-    def widened(self, stored: Tensor, scale: Tensor, to: Tensor | None = None) -> Tensor:
-        """Some of the bytes [..., D] and their scales [...] as numbers, in `to` if given."""
-        copy = dequantise(stored, scale, self.dtype)
-        return copy if to is None else to.copy_(copy)
+    def widened(self, stored: Tensor, scale: Tensor) -> Tensor:
+        """Some of the bytes [..., D] and their scales [...] as numbers."""
+        return dequantise(stored, scale, self.dtype)
 
 
 def pools(kv: PagedKV, dtype: torch.dtype) -> tuple[Pool, Pool]:
@@ -99,43 +98,37 @@ def _side_by_side(table: Tensor, heads: slice, slot: int, tokens: int) -> Tensor
     return table[heads, first : last + 1].flatten(1, 2)[:, slot - first * size :][:, :tokens]
 
 
-def read_rows(pool: Pool, slot: Tensor, to: Tensor | None = None) -> Tensor:
-    """slot [X, n], counted over G * P * S -> a copy [X, n, D] of single rows, in `to` if given."""
+def read_rows(pool: Pool, slot: Tensor) -> Tensor:
+    """slot [X, n], counted over G * P * S -> a copy [X, n, D] of single rows."""
     if pool.scale is None:
-        return _rows(pool.stored, slot, to)
-    return pool.widened(_rows(pool.bytes, slot), _rows(pool.scale[..., None], slot)[..., 0], to)
+        return _rows(pool.stored, slot)
+    return pool.widened(_rows(pool.bytes, slot), _rows(pool.scale[..., None], slot)[..., 0])
 
 
-def _rows(table: Tensor, slot: Tensor, to: Tensor | None = None) -> Tensor:
+def _rows(table: Tensor, slot: Tensor) -> Tensor:
     """table [G, P, S, D]"""
     _, pages, size, dim = table.shape
     if table.is_contiguous():
-        return _taken(table.view(-1, dim), slot, dim, to)
+        return _taken(table.view(-1, dim), slot, dim)
     page = slot // size
-    copy = table[page // pages, page % pages, slot % size]
-    return copy if to is None else to.copy_(copy)
+    return table[page // pages, page % pages, slot % size]
 
 
-def read_pages(pool: Pool, place: Tensor, to: Tensor | None = None) -> Tensor:
-    """place [X, c], counted over G * P -> a copy [X, c * S, D] of those pages, in `to` if given."""
+def read_pages(pool: Pool, place: Tensor) -> Tensor:
+    """place [X, c], counted over G * P -> a copy [X, c * S, D] of those pages."""
     if pool.scale is None:
-        return _pages(pool.stored, place, to)
-    return pool.widened(_pages(pool.bytes, place), _pages(pool.scale[..., None], place)[..., 0], to)
+        return _pages(pool.stored, place)
+    return pool.widened(_pages(pool.bytes, place), _pages(pool.scale[..., None], place)[..., 0])
 
 
-def _pages(table: Tensor, place: Tensor, to: Tensor | None = None) -> Tensor:
+def _pages(table: Tensor, place: Tensor) -> Tensor:
     """table [G, P, S, D]"""
     _, pages, size, dim = table.shape
     if table.is_contiguous():
-        return _taken(table.view(-1, size * dim), place, dim, to)
-    copy = table[place // pages, place % pages].flatten(1, 2)
-    return copy if to is None else to.copy_(copy)
+        return _taken(table.view(-1, size * dim), place, dim)
+    return table[place // pages, place % pages].flatten(1, 2)
 
 
-def _taken(rows: Tensor, place: Tensor, dim: int, to: Tensor | None) -> Tensor:
-    """rows [R, w], place [X, c] -> a copy of these rows [X, c * w / dim, dim], in `to` if given."""
-    at = place.flatten()
-    if to is None:
-        return rows.index_select(0, at).view(len(place), -1, dim)
-    torch.index_select(rows, 0, at, out=to.view(len(at), -1))
-    return to
+def _taken(rows: Tensor, place: Tensor, dim: int) -> Tensor:
+    """rows [R, w], place [X, c] -> a copy of these rows [X, c * w / dim, dim]."""
+    return rows.index_select(0, place.flatten()).view(len(place), -1, dim)

@@ -132,12 +132,6 @@ def splat(typing, number):
 
 
 @intrinsic
-def splat_from(typing, at):
-    """Of the number that lies there."""
-    return lanes(types.int64), lambda context, build, sig, x: spread(build, loaded(build, x[0], FLOAT, 4))
-
-
-@intrinsic
 def store_number(typing, at, number):
     """One number, to an address."""
 

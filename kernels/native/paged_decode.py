@@ -21,7 +21,7 @@ PAGES = 16  # of a piece, or as many single tokens as fit into them: cut by a ru
 # threads and beside any neighbours, so that these do not decide how its sums round
 
 INTEGERS = (
-    "next", "pieces", "item_piece", "items", "blocks", "groups", "found",
+    "next", "pieces", "item_piece", "items", "blocks", "groups", "found", "found_row",
     "start", "count", "pages", "token_start", "token_count", "tokens",
     "seq", "token", "pos", "heads", "table", "table_row", "sink", "window", "rule_row",
     "k", "v", "kv_head", "kv_page", "kv_row", "page_size", "dim", "ratio",
@@ -53,7 +53,8 @@ def launch(
     item_piece = np.zeros(len(pieces) + 1, dtype=np.int64)  # the first piece of each item, and of none
     np.cumsum(pieces, out=item_piece[1:])
     dim, rows = kv.k.shape[3], -(-kv.ratio // FOUR)
-    found = torch.empty(int(item_piece[-1]), rows, _found(dim))
+    # What a piece leaves for four queries: largest scores and sums of weights, each four times, and sums of values.
+    found = torch.empty(int(item_piece[-1]), rows, 2 * LANES + FOUR * dim)
     taken, held = torch.zeros(2, dtype=torch.int64), torch.from_numpy(item_piece)
     sinks = None if sinks is None else sinks.float().contiguous()
     (q_kind, q_token, q_head), (out_kind, out_token, out_head) = rows_of(q), rows_of(out)
@@ -61,7 +62,8 @@ def launch(
     head, page, row = (step * kv.k.element_size() for step in kv.k.stride()[:3])
     work = job(
         JOB, next=taken, pieces=len(found), item_piece=held, items=len(pieces), blocks=len(blocks),
-        groups=len(kv.heads), found=found, start=start, count=count, pages=index.pages, token_start=token_start,
+        groups=len(kv.heads), found=found, found_row=found.shape[2], start=start, count=count,
+        pages=index.pages, token_start=token_start,
         token_count=token_count, tokens=index.tokens, seq=blocks.seq, token=blocks.token, pos=blocks.pos,
         heads=kv.heads, table=kv.table, table_row=kv.table.stride(0), sink=kv.sink,
         window=kv.window, rule_row=kv.sink.stride(0), k=kv.k, v=kv.v, kv_head=head, kv_page=page, kv_row=row,
@@ -72,12 +74,6 @@ def launch(
     run(attend_pieces(kind_of(kv.k)), work)
     work["next"] = taken[1:].data_ptr()
     run(join_pieces(), work)
-
-
-def _found(dim: int) -> int:
-    """Numbers that a piece leaves for four queries: their largest scores and the sums of weights, each four times, and
-    the weighted sums of values."""
-    return 2 * LANES + FOUR * dim
 
 
 @functools.cache
@@ -99,7 +95,7 @@ def attend_pieces(kind: str) -> Body:
             for row in range(0, work.ratio, FOUR):
                 real = work.ratio - row
                 read_queries(q, _query(work, item, row), work.q_kind, work.q_head, real, work.dim, work.scale)
-                best = work.found + 4 * _found_size(work) * (piece * ((work.ratio + FOUR - 1) // FOUR) + row // FOUR)
+                best = work.found + 4 * work.found_row * (piece * ((work.ratio + FOUR - 1) // FOUR) + row // FOUR)
                 total, sums = best + 4 * LANES, best + 8 * LANES
                 store(best, splat(LOWEST))
                 for j in range(0, FOUR * work.dim + LANES, LANES):
@@ -111,11 +107,6 @@ def attend_pieces(kind: str) -> Body:
                     attend(q, work.k, work.v, own, first, last, work.dim, cap, scores, best, total, sums)
 
     return compiled(JOB, body)
-
-
-@njit(error_model="numpy")
-def _found_size(work):
-    return 2 * LANES + FOUR * work.dim
 
 
 @njit(error_model="numpy")
@@ -200,7 +191,7 @@ def _join_row(work, item, row):
     token = carray(int32_at(work.token), work.blocks)[item % work.blocks]
     head = carray(int32_at(work.heads), work.groups)[item // work.blocks] * work.ratio + row
     held = carray(int64_at(work.item_piece), work.items + 1)
-    step, rows = _found_size(work), (work.ratio + FOUR - 1) // FOUR
+    step, rows = work.found_row, (work.ratio + FOUR - 1) // FOUR
     place, lane = work.found + 4 * step * (held[item] * rows + row // FOUR), row % FOUR
     pieces = held[item + 1] - held[item]
     best: Any = LOWEST
